@@ -1,0 +1,41 @@
+# make demo: the main job on the bundled model. make test: the tests. Both install into .venv first, once.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+DATA ?=
+
+.PHONY: demo test fast bench check-main lint report clean
+
+demo: $(STAMP)
+	$(BIN)/python -m fastdiff.benchmarks.demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+fast: $(STAMP)
+	$(BIN)/python -m pytest -m fast
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' -o addopts='' --benchmark-only
+
+# QUICK=1: fewer images and rounds. DATA=mnist.npz: also check that samples are not copies of training images.
+check-main: $(STAMP)
+	@$(BIN)/python -m fastdiff.benchmarks.check_main $(if $(QUICK),--quick) $(if $(DATA),--data $(DATA))
+
+lint: $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# regenerate the README's table and plot from benchmarks/results/
+report: $(STAMP)
+	$(BIN)/python -m fastdiff.benchmarks.report
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("fastdiff needs Python 3.11 or 3.12; this is " + sys.version.split()[0] + \
+	  ": run make PYTHON=python3.12" if not (3, 11) <= sys.version_info[:2] <= (3, 12) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $(STAMP)
+
+clean:
+	rm -rf .venv build out *.egg-info

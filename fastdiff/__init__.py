@@ -1,0 +1,22 @@
+"""fastdiff: the fastest and most trustworthy way to run diffusion UNets."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from fastdiff.errors import ArtifactError, BackendError, FastdiffError, PlanError, ShapeError
+from fastdiff.pipeline import Output, Pipeline
+from fastdiff.sampling import Cond, sample
+
+__version__ = metadata.version("fastdiff")
+__all__ = [
+    "ArtifactError",
+    "BackendError",
+    "Cond",
+    "FastdiffError",
+    "Output",
+    "Pipeline",
+    "PlanError",
+    "ShapeError",
+    "sample",
+]

@@ -1,0 +1,56 @@
+"""The manifest beside each exported file: what it is, what it was made from, and how far it is from the original."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastdiff.errors import ArtifactError
+from fastdiff.models.weights import read_json, sha256, write_text
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Facts about one exported file, written as ``<file>.json`` beside it."""
+
+    kind: str  # "unet": one network evaluation; "sampler": noise in, image out
+    sha256: str  # of the file
+    model_sha256: str  # of the weights it was made from
+    inputs: dict[str, Any]  # name -> [dtype, shape]; -1 is the dynamic batch
+    outputs: dict[str, Any]
+    opset: int
+    versions: dict[str, str]
+    sampler: dict[str, Any] = field(default_factory=dict)
+    parity: dict[str, Any] = field(default_factory=dict)
+
+
+def manifest_path(file: Path) -> Path:
+    """Where the manifest of ``file`` lies."""
+    return file.with_name(file.name + ".json")
+
+
+def save_manifest(file: Path, manifest: Manifest) -> None:
+    """Write the manifest whole or not at all."""
+    write_text(manifest_path(file), json.dumps({"format": 1, **asdict(manifest)}, indent=2) + "\n")
+
+
+def load_manifest(file: Path) -> Manifest:
+    """Read the manifest of an exported file and check that the file is the one it describes.
+
+    Raises:
+        ArtifactError: if either is missing, or the file was changed or cut short.
+    """
+    if file.is_dir() or not file.is_file():
+        raise ArtifactError(f"{file}: {'is a folder' if file.is_dir() else 'no such file'}; an exported file is needed")
+    values = read_json(manifest_path(file))
+    if values.pop("format", None) != 1:
+        raise ArtifactError(f"{manifest_path(file)}: not format 1")
+    try:
+        manifest = Manifest(**values)
+    except TypeError as error:
+        raise ArtifactError(f"{manifest_path(file)}: {error}") from error
+    if sha256(file) != manifest.sha256:
+        raise ArtifactError(f"{file}: its bytes are not those its manifest describes; export it again")
+    return manifest

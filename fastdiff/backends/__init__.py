@@ -1,0 +1,43 @@
+"""Backends by name. Each loader imports its library itself, so that naming one costs nothing."""
+
+from __future__ import annotations
+
+from fastdiff.backends.base import Backend, Spec
+from fastdiff.errors import BackendError
+from fastdiff.models.weights import Model
+from fastdiff.sampling.denoiser import Network
+
+
+def _eager(model: Model, spec: Spec) -> Network:
+    from fastdiff.backends.eager import load
+
+    return load(model, spec)
+
+
+def _compiled(model: Model, spec: Spec) -> Network:
+    from fastdiff.backends.eager import load_compiled
+
+    return load_compiled(model, spec)
+
+
+def _onnxruntime(model: Model, spec: Spec) -> Network:
+    from fastdiff.backends.ort import load
+
+    return load(model, spec)
+
+
+BACKENDS: dict[str, Backend] = {"eager": _eager, "compile": _compiled, "onnxruntime": _onnxruntime}
+
+
+def load_backend(name: str, model: Model, spec: Spec) -> Network:
+    """Load a model into a backend.
+
+    Raises:
+        BackendError: if there is no such backend, or it cannot run here.
+    """
+    if name not in BACKENDS:
+        raise BackendError(f"unknown backend {name!r}; allowed: {', '.join(sorted(BACKENDS))}")
+    return BACKENDS[name](model, spec)
+
+
+__all__ = ["BACKENDS", "Backend", "Spec", "load_backend"]

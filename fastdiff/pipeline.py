@@ -1,0 +1,216 @@
+"""``Pipeline``: a model folder in, pictures out, under the names the field already knows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastdiff.backends import Spec, load_backend
+from fastdiff.errors import ArtifactError, PlanError, ShapeError
+from fastdiff.models.weights import WEIGHTS, Model, load_model, sha256
+from fastdiff.sampling.denoiser import Cond, Network
+from fastdiff.sampling.path import PATHS
+from fastdiff.sampling.prediction import PREDICTIONS
+from fastdiff.sampling.run import Generators, sample
+from fastdiff.sampling.solvers import Solver
+from fastdiff.sampling.table import Strength
+
+BUNDLED = Path(__file__).parent / "bundled"
+MAX_BATCH = 4096
+OUTPUTS = ("pil", "pt", "np")
+
+
+class Output(NamedTuple):
+    """What a pipeline returns; ``images`` is a list of PIL images, or an array of all of them."""
+
+    images: Any
+
+
+def resolve(model: str | os.PathLike[str]) -> Path:
+    """Return the folder of a model: a path, or the name of a bundled one.
+
+    Raises:
+        ArtifactError: if it is neither.
+    """
+    if os.sep not in str(model) and (BUNDLED / str(model)).is_dir() and not Path(model).exists():
+        return BUNDLED / str(model)
+    if not Path(model).exists():
+        names = ", ".join(sorted(entry.name for entry in BUNDLED.iterdir() if entry.is_dir()))
+        raise ArtifactError(f"{model}: no such model folder; bundled models: {names}")
+    return Path(model)
+
+
+class Pipeline:
+    """A loaded model on one device and backend. It holds no state between calls: threads may share it.
+
+    Args:
+        model: network and meaning.
+        network: the same network in its backend.
+        device: where the loop runs.
+    """
+
+    def __init__(self, model: Model, network: Network, device: torch.device):
+        self.model, self.network, self.device = model, network, device
+        self.path, self.prediction = PATHS[model.info.path](), PREDICTIONS[model.info.prediction]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        backend: str = "eager",
+        artifact: str | os.PathLike[str] | None = None,
+    ) -> Pipeline:
+        """Load a model folder, or a bundled model by name (``"digits"``).
+
+        Args:
+            pretrained: the folder or the name.
+            device: ``"cpu"`` or ``"cuda"``.
+            dtype: what the network computes in; the loop itself is float32.
+            backend: a name of ``fastdiff.backends.BACKENDS``.
+            artifact: the exported file, for backends that run one; by default it is looked for in the folder.
+
+        Raises:
+            ArtifactError: if the folder or the file is missing, damaged or foreign.
+            BackendError: if the backend is unknown or cannot run here.
+        """
+        model = load_model(resolve(pretrained))
+        for kind, name, table in (
+            ("path", model.info.path, PATHS),
+            ("prediction", model.info.prediction, PREDICTIONS),
+        ):
+            if name not in table:
+                raise ArtifactError(f"{model.folder}/fastdiff.json: {kind} is {name!r}; allowed: {', '.join(table)}")
+        place = torch.device(device)
+        network = load_backend(backend, model, Spec(place, dtype, Path(artifact) if artifact else None))
+        return cls(model, network, place)
+
+    def model_hash(self) -> str:
+        """The SHA-256 of the weights file."""
+        return sha256(self.model.folder / WEIGHTS) if self.model.folder else ""
+
+    def __call__(
+        self,
+        class_labels: int | Sequence[int] | None = None,
+        *,
+        num_inference_steps: int | None = None,
+        guidance_scale: Strength | None = None,
+        sampler: str | Solver | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        grid: str | None = None,
+        eta: float | None = None,
+        gamma: float | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[[Pipeline, int, float, dict[str, Tensor]], Any] | None = None,
+    ) -> Output:
+        """Generate images.
+
+        Args:
+            class_labels: one label or several; without any, one image of no particular class.
+            num_inference_steps: 4 for ``flow_map``, 20 otherwise, unless given.
+            guidance_scale: strength of classifier-free guidance; by default the model's own, 1 means none.
+            sampler: a name of ``SOLVERS``; by default ``flow_map`` where the network is one, else ``dpmpp_2m``.
+            num_images_per_prompt: images for each label.
+            seed: one for the batch (image ``i`` gets ``seed + i``), or one for each image. The same seed gives the
+                same image in any batch.
+            generator: torch generators instead of seeds, drawn in diffusers' order.
+            latents: the starting state instead of noise, ``[B, C, H, W]``.
+            timesteps: explicit times, in the network's units.
+            sigmas: explicit times, as noise levels.
+            grid: a name of ``GRIDS``.
+            eta: share of fresh noise of ``ddim`` and ``dpmpp_sde``.
+            gamma: share of fresh noise of ``flow_map``.
+            output_type: ``"pil"``, ``"pt"`` (``[B, C, H, W]`` in [0, 1]) or ``"np"`` (``[B, H, W, C]`` in [0, 1]).
+            callback_on_step_end: called as ``fn(pipe, i, timestep, {"latents": x})`` after every network evaluation.
+
+        Raises:
+            PlanError: on options that do not fit one another.
+            ShapeError: on labels, seeds or latents that do not fit the model.
+        """
+        if output_type not in OUTPUTS:
+            raise PlanError(f"output_type is {output_type!r}; allowed: {', '.join(OUTPUTS)}")
+        labels = self.labels(class_labels, num_images_per_prompt)
+        config, info = self.model.network.config, self.model.info
+        batch = len(labels) if latents is None else len(latents)
+        if batch != len(labels):
+            raise ShapeError(f"{batch} latents for {len(labels)} images; allowed: one for each image")
+        chosen = sampler or ("flow_map" if self.prediction.two_time else "dpmpp_2m")
+        steps = num_inference_steps if num_inference_steps is not None else 4 if chosen == "flow_map" else 20
+
+        def report(i: int, state: Any) -> None:
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, i, float(steps), {"latents": state.x})
+
+        x = sample(
+            self.network,
+            (batch, config.in_channels, config.sample_size, config.sample_size),
+            num_inference_steps=steps,
+            sampler=chosen,
+            path=self.path,
+            prediction=self.prediction,
+            cond=self._cond(labels),
+            uncond=self._cond([info.null_label] * batch) if info.null_label is not None else None,
+            guidance_scale=info.guidance_scale if guidance_scale is None else guidance_scale,
+            grid=grid,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            eta=eta,
+            gamma=gamma,
+            seed=seed,
+            generator=generator,
+            latents=latents,
+            device=self.device,
+            callback=report,
+        )
+        return Output(to_images(x, info.crop, output_type))
+
+    def labels(self, class_labels: int | Sequence[int] | None, repeat: int = 1) -> list[int | None]:
+        """Check labels and repeat each; ``[None]`` stands for one image of a model without classes.
+
+        Raises:
+            ShapeError: naming the first label the model does not know.
+        """
+        count, null = len(self.model.info.classes), self.model.info.null_label
+        if isinstance(repeat, bool) or not isinstance(repeat, int) or repeat < 1:
+            raise ShapeError(f"num_images_per_prompt is {repeat!r}; allowed: a whole number, 1 or more")
+        given = [class_labels] if class_labels is None or isinstance(class_labels, int) else list(class_labels)
+        if not given or len(given) * repeat > MAX_BATCH:
+            raise ShapeError(f"{len(given) * repeat} images asked for; allowed: 1 to {MAX_BATCH} in one call")
+        for label in given:
+            if label is not None and (isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count):
+                allowed = f"0 to {count - 1}" if count else "none: the model has no classes"
+                raise ShapeError(f"class label is {label!r}; allowed: {allowed}")
+        return [null if label is None else label for label in given for _ in range(repeat)]
+
+    def _cond(self, labels: Sequence[int | None]) -> Cond:
+        if self.model.network.config.num_class_embeds is None:
+            return Cond()
+        return Cond(torch.tensor(labels, dtype=torch.int64, device=self.device))
+
+
+def to_images(x: Tensor, crop: int, output_type: str) -> Any:
+    """Turn samples ``[B, C, H, W]`` in [-1, 1] into what the caller asked for, less ``crop`` pixels on each side."""
+    if crop:
+        x = x[..., crop:-crop, crop:-crop]
+    x = (x / 2 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return x
+    array = x.permute(0, 2, 3, 1).cpu().numpy()
+    if output_type == "np":
+        return array
+    pixels = (array * 255).round().astype(np.uint8)
+    return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]

@@ -1,0 +1,40 @@
+"""Kernels of the hot loop. ``REFERENCE`` is plain torch; ``triton_ops()`` holds the fused twins.
+
+Ops are handed to whoever uses them (the UNet, the loop); nothing is patched and nothing is chosen at import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from . import reference
+
+
+class Ops(NamedTuple):
+    """One implementation of each op. The signatures are those of ``fastdiff.kernels.reference``."""
+
+    group_norm_silu: Callable[..., Tensor]
+    attention: Callable[..., Tensor]
+    combine: Callable[..., tuple[Tensor, ...]]
+
+
+REFERENCE = Ops(reference.group_norm_silu, reference.attention, reference.combine)
+
+
+def triton_ops() -> Ops:
+    """Return the Triton ops. Imports triton here and nowhere else.
+
+    Raises:
+        ImportError: if triton is not installed (``pip install 'fastdiff[gpu]'``).
+    """
+    from .attention import attention
+    from .combine import combine
+    from .group_norm_silu import group_norm_silu
+
+    return Ops(group_norm_silu, attention, combine)
+
+
+__all__ = ["REFERENCE", "Ops", "triton_ops"]

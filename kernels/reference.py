@@ -1,0 +1,87 @@
+"""Every op in plain torch. This file is the specification; each fast kernel is tested against it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float = 1e-5,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """Group normalisation, optional per-image modulation, optional SiLU, in one op.
+
+    Args:
+        x: ``[N, C, H, W]``, any layout; the result keeps it.
+        weight: ``[C]``.
+        bias: ``[C]``.
+        groups: number of groups; divides ``C``.
+        eps: added to the variance.
+        scale: ``[N, C]`` or None; the normalised value is multiplied by ``1 + scale``.
+        shift: ``[N, C]`` or None; added after ``scale``.
+        silu: apply ``y * sigmoid(y)`` last.
+
+    Returns:
+        ``[N, C, H, W]`` in the dtype of ``x``.
+
+    Source: Wu and He 2018, arXiv:1803.08494; the modulation is Dhariwal and Nichol 2021, arXiv:2105.05233, sec. 4.3.
+    """
+    y = F.group_norm(x, groups, weight, bias, eps)
+    if scale is not None:
+        y = y * (1 + scale[:, :, None, None])
+    if shift is not None:
+        y = y + shift[:, :, None, None]
+    return F.silu(y) if silu else y
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention, self or cross.
+
+    Args:
+        q: ``[N, heads, L, d]``.
+        k: ``[N, heads, M, d]``.
+        v: ``[N, heads, M, d]``.
+
+    Returns:
+        ``[N, heads, L, d]``: ``softmax(q k^T / sqrt(d)) v``.
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1.
+    """
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def combine(registers: Sequence[Tensor | None], weights: Tensor, active: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+    """Weighted sums of registers, one set of weights for each image.
+
+    A zero weight never multiplies what it leaves out: a register that holds NaN or infinity at an image whose
+    weight is 0 does not reach that image's result.
+
+    Args:
+        registers: each ``[B, C, H, W]`` float32, or None where no output lists it.
+        weights: ``[B, outputs, len(registers)]`` float32.
+        active: for each output, the indices of the registers that any image of the batch uses.
+
+    Returns:
+        One ``[B, C, H, W]`` for each output; an output that lists no register is zero.
+    """
+    like = next(r for r in registers if r is not None)
+    results = []
+    for output, used in enumerate(active):
+        total = None
+        for index in used:
+            weight = weights[:, output, index].view(-1, 1, 1, 1)
+            term = torch.where(weight == 0, 0, weight * registers[index])
+            total = term if total is None else total + term
+        results.append(torch.zeros_like(like) if total is None else total)
+    return tuple(results)

@@ -1,0 +1,105 @@
+"""The loop asks the device nothing, and gives what a plain loop would."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdiff.errors import PlanError, ShapeError
+from fastdiff.sampling import Cond, sample
+from fastdiff.sampling.denoiser import CallableNetwork
+from fastdiff.sampling.grid import uniform
+from fastdiff.sampling.guidance import ClassifierFree
+from fastdiff.sampling.loop import iterate
+from fastdiff.sampling.noise import PhiloxNoise
+from fastdiff.sampling.path import RectifiedFlow
+from fastdiff.sampling.prediction import MeanVelocity
+from fastdiff.sampling.solvers import SOLVERS
+from fastdiff.sampling.table import build
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_the_loop_runs_on_the_meta_device(name, clip):
+    """Every host read raises there: this is the proof that the loop makes none."""
+    path = RectifiedFlow()
+    table = build(path, MeanVelocity(), SOLVERS[name](), uniform(path, 4), guidance=2.0, clip=clip, device="meta")
+    network = CallableNetwork(lambda x, t, s, class_labels: x * (t - s)[:, None, None, None], two_time=True)
+    label = torch.zeros(3, dtype=torch.int64, device="meta")
+    prepared = network.prepare(Cond(label).joined(Cond(label)), table.times[None])
+    noise = PhiloxNoise(torch.zeros(3, dtype=torch.int64, device="meta"))
+    x = torch.empty(3, 2, 4, 4, device="meta")
+    states = list(iterate(ClassifierFree(network), x, table, noise, prepared))
+    assert len(states) == len(table.structure.rows)
+    assert states[-1].x.shape == x.shape and states[-1].x.is_meta
+
+
+def test_meta_would_catch_a_host_read():
+    with pytest.raises(RuntimeError):
+        float(torch.empty((), device="meta"))
+
+
+def test_guidance_mixes_the_two_estimates():
+    calls = []
+
+    def network(x, timestep, class_labels):
+        calls.append(x.shape[0])
+        return class_labels.float()[:, None, None, None].expand_as(x)
+
+    ones, zeros = torch.ones(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    x = torch.randn(2, 1, 3, 3)
+    got = sample(
+        network, x.shape, latents=x, num_inference_steps=1, sampler="ddim", guidance_scale=3.0,
+        cond=Cond(ones), uncond=Cond(zeros),
+    )  # fmt: skip
+    assert torch.allclose(got, x - 3.0)  # velocity 0 + 3 * (1 - 0), one Euler step of length 1
+    assert calls == [4]
+
+
+def test_rows_outside_the_guidance_interval_cost_one_network_row():
+    calls = []
+
+    def network(x, timestep, class_labels):
+        calls.append(x.shape[0])
+        return x
+
+    label = Cond(torch.zeros(2, dtype=torch.int64))
+    sample(
+        network, (2, 1, 3, 3), num_inference_steps=4, sampler="ddim", seed=0, cond=label, uncond=label,
+        guidance_scale=lambda t: 2.0 if 0.4 < t < 0.8 else 1.0,
+    )  # fmt: skip
+    assert calls == [2, 4, 4, 2]
+
+
+def test_the_same_seed_gives_the_same_image_in_any_batch():
+    def network(x, timestep):
+        return torch.tanh(x) * timestep[:, None, None, None] / 1000
+
+    both = sample(network, (3, 1, 4, 4), sampler="ddpm", seed=[5, 6, 7])
+    for i, seed in enumerate((5, 6, 7)):
+        assert torch.equal(both[i : i + 1], sample(network, (1, 1, 4, 4), sampler="ddpm", seed=seed))
+
+
+BAD = [
+    ({"sampler": "dimm"}, PlanError, "unknown sampler 'dimm'"),
+    ({"num_inference_steps": 0}, PlanError, "num_inference_steps is 0"),
+    ({"guidance_scale": 2.0}, PlanError, "unconditional"),
+    ({"latents": torch.full((1, 1, 4, 4), float("nan"))}, ShapeError, "NaN"),
+    ({"latents": torch.zeros(1, 1, 4, 5)}, ShapeError, "needed"),
+    ({"seed": -1}, PlanError, "seed is -1"),
+    ({"seed": [1, 2]}, ShapeError, "2 seeds for a batch of 1"),
+    ({"prediction": "eps"}, PlanError, "alpha is 0"),
+    ({"sampler": "flow_map"}, PlanError, "needs a network that jumps"),
+    ({"eta": 0.5}, PlanError, "takes no option 'eta'"),
+    ({"timesteps": [500, 700]}, PlanError, "fall strictly"),
+    ({"timesteps": [5000]}, PlanError, "allowed: 1.0 to 0.0"),
+    ({"path": "curved"}, PlanError, "unknown path"),
+    ({"clip": -1.0}, PlanError, "clip is -1.0"),
+    ({"grid": "leading"}, PlanError, "counts trained steps"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD, ids=[m for _, _, m in BAD])
+def test_bad_input_is_named(options, error, message):
+    with pytest.raises(error, match=message):
+        sample(lambda x, timestep: x, (1, 1, 4, 4), **options)
