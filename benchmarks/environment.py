@@ -24,8 +24,8 @@ from fastdiff.models.weights import write_text
 LIBRARIES = ("torch", "triton", "onnx", "onnxruntime", "diffusers", "numpy", "fastdiff")
 # What decides which code path a CPU library takes for convolutions and matrix products.
 FLAGS = (
-    "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16",
-    "asimd", "asimdhp", "asimddp", "sve", "i8mm", "bf16",
+    "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_tile",
+    "amx_int8", "amx_bf16", "asimd", "asimdhp", "asimddp", "sve", "i8mm", "bf16",
 )  # fmt: skip
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "driver_version")
 
@@ -189,6 +189,12 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value.double() - truth.double()).abs().max()) / (top or 1.0)
 
 
+def rms_error(value: Tensor, truth: Tensor) -> float:
+    """Return the root mean square of ``value - truth`` over that of ``truth``, in float64."""
+    size = float(truth.double().square().mean().sqrt())
+    return float((value.double() - truth.double()).square().mean().sqrt()) / (size or 1.0)
+
+
 def copy_rate(device: torch.device, size: int | None = None) -> float:
     """Measure what the memory gives a plain copy, in bytes per second: ``size`` bytes read and as many written.
 
@@ -205,4 +211,13 @@ def copy_rate(device: torch.device, size: int | None = None) -> float:
 
 def write_json(file: Path, value: Any) -> None:
     """Write JSON under a temporary name, then rename it: a reader sees the old file or the new one, whole."""
-    write_text(file, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_text(file, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity as words: JSON has no numbers for them, and a broken kernel must not cost its report."""
+    if isinstance(value, dict):
+        return {str(key): _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

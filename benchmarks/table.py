@@ -46,11 +46,14 @@ class Arm(NamedTuple):
     draw: Draw
 
 
-def fastdiff_arm(pipe: Pipeline, backend: str, sampler: str, steps: int) -> Arm:
-    """An arm of ours; guidance is the model's own."""
+def fastdiff_arm(pipe: Pipeline, backend: str, sampler: str, steps: int, guidance: float | None = None) -> Arm:
+    """An arm of ours; guidance is the model's own unless given."""
 
     def draw(labels: Sequence[int], latents: Tensor) -> Tensor:
-        images = pipe(labels, latents=latents, sampler=sampler, num_inference_steps=steps, output_type="pt").images
+        images = pipe(
+            labels, latents=latents, sampler=sampler, num_inference_steps=steps, guidance_scale=guidance,
+            output_type="pt",
+        ).images  # fmt: skip
         return images * 2 - 1
 
     return Arm(backend, sampler, steps, draw)

@@ -16,7 +16,7 @@ from fastdiff.artifact import Manifest, save_manifest
 from fastdiff.errors import ArtifactError, PlanError, ShapeError
 from fastdiff.export.parity import measure
 from fastdiff.models.unet import UNet
-from fastdiff.models.weights import WEIGHTS, Model, sha256
+from fastdiff.models.weights import Model, fingerprint, sha256
 from fastdiff.sampling.denoiser import CallableNetwork, Cond
 from fastdiff.sampling.loop import sample
 from fastdiff.sampling.path import PATHS
@@ -53,15 +53,16 @@ class WholeSampler(nn.Module):
         super().__init__()
         self.unet, self.table, self.scale, self.null_label, self.crop = unet, table, scale, null_label, crop
         self.network = CallableNetwork(self._call, two_time)
-        self.values = nn.Buffer(table.values)
-        self.index = nn.Buffer(table.index)
+        # long names: the exporter gives plain ones, such as `index`, to results, and refuses a clash
+        self.table_values = nn.Buffer(table.values)
+        self.table_index = nn.Buffer(table.index)
 
     def _call(self, x: Tensor, timestep: Tensor, target: Tensor | None = None, class_labels: Tensor | None = None):
         return self.unet(x, timestep, class_labels, target)
 
     def forward(self, noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """``noise [B, C, H, W]`` standard normal, ``class_labels [B]`` -> images ``[B, C, H', W']``."""
-        table = StepTable(self.values, self.index, self.table.structure)
+        table = StepTable(self.table_values, self.table_index, self.table.structure)
         uncond = None
         if self.null_label is not None and class_labels is not None:
             uncond = Cond(torch.full_like(class_labels, self.null_label))
@@ -157,7 +158,7 @@ def _export(
         manifest = Manifest(
             kind=kind,
             sha256=sha256(temporary),
-            model_sha256=sha256(model.folder / WEIGHTS),
+            model_sha256=fingerprint(model.folder),
             inputs=_signature(proto.graph.input),
             outputs=_signature(proto.graph.output),
             opset=max(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")),
@@ -166,7 +167,11 @@ def _export(
             parity=report,
         )
         temporary.replace(file)
-        save_manifest(file, manifest)
+        try:
+            save_manifest(file, manifest)
+        except BaseException:
+            file.unlink(missing_ok=True)  # without its manifest no backend would take it
+            raise
     finally:
         temporary.unlink(missing_ok=True)
     return manifest
@@ -192,7 +197,8 @@ def _write(module: nn.Module, arguments: dict[str, Tensor], output: str, file: P
             )
         program.save(str(file), external_data=False)
     except Exception as error:  # the exporter raises many kinds; whichever it is, the user gets one line
-        raise ArtifactError(f"the ONNX exporter failed: {type(error).__name__}: {str(error)[:300]}") from error
+        line = " ".join(str(error).split())
+        raise ArtifactError(f"the ONNX exporter failed: {type(error).__name__}: {line[:300]}") from error
     finally:
         logging.getLogger("torch.onnx").setLevel(level)
 

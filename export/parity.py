@@ -33,7 +33,11 @@ def measure(module: nn.Module, file: Path, arguments: dict[str, Tensor]) -> dict
         with torch.no_grad():
             plain = module(**inputs)
             truth = precise(**{n: v.double() if v.is_floating_point() else v for n, v in inputs.items()})
-        (got,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        try:
+            (got,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        except Exception as error:  # onnxruntime's own kinds, none of them public
+            line = " ".join(str(error).split())
+            raise ArtifactError(f"the exported graph does not run at batch {batch}: {line[:300]}") from error
         top = float(truth.abs().max())
         theirs, ours = (float((value.double() - truth).abs().max()) for value in (torch.from_numpy(got), plain))
         report[str(batch)] = {"exported": theirs / top, "torch": ours / top}

@@ -17,7 +17,7 @@ class Manifest:
 
     kind: str  # "unet": one network evaluation; "sampler": noise in, image out
     sha256: str  # of the file
-    model_sha256: str  # of the weights it was made from
+    model_sha256: str  # ``fingerprint`` of the weights it was made from
     inputs: dict[str, Any]  # name -> [dtype, shape]; -1 is the dynamic batch
     outputs: dict[str, Any]
     opset: int

@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FastdiffError as error:
         print(f"fastdiff: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"fastdiff: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("fastdiff: interrupted", file=sys.stderr)
         return 1
@@ -126,8 +130,8 @@ def generate(options: argparse.Namespace) -> int:
             callback_on_step_end=lambda *_: bar.update(),
         ).images  # fmt: skip
     seconds = time.perf_counter() - start
-    facts = {"sampler": options.sampler or "default", "steps": str(options.steps or "default"),
-             "model": pipe.model_hash(), "software": "fastdiff"}  # fmt: skip
+    sampler, steps = pipe.choose(options.sampler, options.steps)
+    facts = {"sampler": str(sampler), "steps": str(steps), "model": pipe.model_hash(), "software": "fastdiff"}
     options.out.mkdir(parents=True, exist_ok=True)
     files = [
         str(save_png(image, options.out / f"{options.seed + i:06d}.png", {**facts, "seed": str(options.seed + i)}))
@@ -141,9 +145,13 @@ def generate(options: argparse.Namespace) -> int:
 def read_latents(file: Path) -> torch.Tensor:
     """Read starting noise from a ``.npy`` file; nothing in it is unpickled."""
     try:
-        return torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float32))
-    except (OSError, ValueError, EOFError) as error:
+        array = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise ArtifactError(f"{file}: need a .npy file of numbers ({error})") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        found = f"it holds {array.dtype}" if isinstance(array, np.ndarray) else "it is an archive"
+        raise ArtifactError(f"{file}: need a .npy file of real numbers; {found}")
+    return torch.from_numpy(array.astype(np.float32))
 
 
 def save_png(image: Image.Image, file: Path, facts: dict[str, str]) -> Path:
@@ -245,6 +253,8 @@ def _train_options(command: argparse.ArgumentParser) -> None:
         default=usual.distil_from,
         help="lsd: iterations of plain flow matching first",
     )
+    add("--jump-weight", type=float, default=usual.jump_weight, help="lsd: weight of the flow-map loss")
+    add("--init", type=Path, help="model folder to start from, instead of fresh weights")
     add("--batch-size", type=int, default=usual.batch_size)
     add("--learning-rate", type=float, default=usual.learning_rate)
     add("--ema", type=float, default=usual.ema, help="decay of the averaged weights")
@@ -256,8 +266,8 @@ def _train_options(command: argparse.ArgumentParser) -> None:
 
 def train(options: argparse.Namespace) -> int:
     """``fastdiff train``."""
-    names = ("loss", "path", "iterations", "distil_from", "batch_size", "learning_rate", "ema", "holdout", "seed",
-             "compile")  # fmt: skip
+    names = ("loss", "path", "iterations", "distil_from", "jump_weight", "batch_size", "learning_rate", "ema",
+             "holdout", "seed", "compile")  # fmt: skip
     config = TrainConfig(**{name: getattr(options, name) for name in names})
     config.check()
     sizes = UNetConfig.from_dict(read_json(options.config or resolve("digits") / "config.json"))
@@ -272,7 +282,8 @@ def train(options: argparse.Namespace) -> int:
         null_label=classes if conditional else None,
         crop=(sizes.sample_size - data.original_size) // 2,
     )
-    trainer = Trainer(config, sizes, data, options.out, info, torch.device(options.device))
+    initial = load_model(options.init) if options.init else None
+    trainer = Trainer(config, sizes, data, options.out, info, torch.device(options.device), initial)
     resumed = trainer.resume()
     quiet = options.json or not sys.stderr.isatty()
     with tqdm(total=config.iterations, initial=trainer.iteration, unit="it", disable=quiet) as bar:

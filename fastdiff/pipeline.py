@@ -16,6 +16,7 @@ from fastdiff.backends import Spec, load_backend
 from fastdiff.errors import ArtifactError, PlanError, ShapeError
 from fastdiff.models.weights import WEIGHTS, Model, load_model, sha256
 from fastdiff.sampling.denoiser import Cond, Network
+from fastdiff.sampling.loop import State
 from fastdiff.sampling.path import PATHS
 from fastdiff.sampling.prediction import PREDICTIONS
 from fastdiff.sampling.run import Generators, sample
@@ -145,15 +146,12 @@ class Pipeline:
             raise PlanError(f"output_type is {output_type!r}; allowed: {', '.join(OUTPUTS)}")
         labels = self.labels(class_labels, num_images_per_prompt)
         config, info = self.model.network.config, self.model.info
-        batch = len(labels) if latents is None else len(latents)
-        if batch != len(labels):
-            raise ShapeError(f"{batch} latents for {len(labels)} images; allowed: one for each image")
-        chosen = sampler or ("flow_map" if self.prediction.two_time else "dpmpp_2m")
-        steps = num_inference_steps if num_inference_steps is not None else 4 if chosen == "flow_map" else 20
+        batch = len(labels)
+        chosen, steps = self.choose(sampler, num_inference_steps)
 
-        def report(i: int, state: Any) -> None:
+        def report(i: int, timestep: float, state: State) -> None:
             if callback_on_step_end is not None:
-                callback_on_step_end(self, i, float(steps), {"latents": state.x})
+                callback_on_step_end(self, i, timestep, {"latents": state.x})
 
         x = sample(
             self.network,
@@ -174,9 +172,15 @@ class Pipeline:
             generator=generator,
             latents=latents,
             device=self.device,
-            callback=report,
+            callback=None if callback_on_step_end is None else report,
         )
         return Output(to_images(x, info.crop, output_type))
+
+    def choose(self, sampler: str | Solver | None, num_inference_steps: int | None) -> tuple[str | Solver, int]:
+        """Return the sampler and the number of steps of a call, with the model's defaults where None is given."""
+        chosen = sampler or ("flow_map" if self.prediction.two_time else "dpmpp_2m")
+        steps = num_inference_steps if num_inference_steps is not None else 4 if chosen == "flow_map" else 20
+        return chosen, steps
 
     def labels(self, class_labels: int | Sequence[int] | None, repeat: int = 1) -> list[int | None]:
         """Check labels and repeat each; ``[None]`` stands for one image of a model without classes.
@@ -190,7 +194,10 @@ class Pipeline:
         given = [class_labels] if class_labels is None or isinstance(class_labels, int) else list(class_labels)
         if not given or len(given) * repeat > MAX_BATCH:
             raise ShapeError(f"{len(given) * repeat} images asked for; allowed: 1 to {MAX_BATCH} in one call")
+        known = self.model.network.config.num_class_embeds is None or null is not None
         for label in given:
+            if label is None and not known:
+                raise ShapeError(f"class label is None; allowed: 0 to {count - 1}, as this model has no null label")
             if label is not None and (isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count):
                 allowed = f"0 to {count - 1}" if count else "none: the model has no classes"
                 raise ShapeError(f"class label is {label!r}; allowed: {allowed}")

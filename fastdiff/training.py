@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path as FilePath
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from fastdiff.errors import ArtifactError, PlanError
 from fastdiff.models.unet import TargetConfig, UNet, UNetConfig
-from fastdiff.models.weights import Model, ModelInfo, read_tensors, save_model, write_tensors, write_text
+from fastdiff.models.weights import Model, ModelInfo, read_metadata, read_tensors, save_model, write_tensors, write_text
 from fastdiff.sampling.path import PATHS, Path
 from fastdiff.sampling.prediction import PREDICTIONS, Prediction
 
@@ -29,7 +30,6 @@ LOSSES = ("eps", "x0", "v", "score", "velocity", "lsd")
 CHECKPOINT, LOG = "checkpoint.safetensors", "train_log.jsonl"
 JUMP_SHARE = 0.25  # of the batch, once distillation has begun
 FROM_NOISE_SHARE = 0.25  # of the jumps start at pure noise, where 1-step sampling starts
-JUMP_WEIGHT = 0.5
 ERROR_FLOOR = 0.05
 HALF_WIDTH = 0.005  # of the central difference in the landing time
 
@@ -142,6 +142,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     warmup: int = 200
     ema: float = 0.9995
+    jump_weight: float = 0.1
     null_share: float = 0.1
     holdout: int = 5000
     seed: int = 0
@@ -158,6 +159,9 @@ class TrainConfig:
         for name in ("iterations", "batch_size"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
+        for name, most in (("ema", 1.0), ("null_share", 1.0), ("learning_rate", math.inf), ("holdout", math.inf)):
+            if not (0 <= getattr(self, name) <= most and math.isfinite(getattr(self, name))):
+                raise PlanError(f"{name} is {getattr(self, name)!r}; allowed: a finite number from 0 to {most:g}")
         if self.batch_size < 4 and self.loss == "lsd":
             raise PlanError(f"batch_size is {self.batch_size}; the lsd loss needs 4 or more")
 
@@ -188,10 +192,15 @@ def load_images(file: FilePath, size: int, split: str = "train") -> Images:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, TypeError, zipfile.BadZipFile) as error:
         raise ArtifactError(f"{file}: need an .npz with {split}_images and {split}_labels ({error})") from error
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise ArtifactError(f"{file}: images are {images.dtype} {images.shape}; allowed: uint8, N x H x W (x C)")
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or not labels.size or labels.min() < 0:
+        raise ArtifactError(
+            f"{file}: labels are {labels.dtype} {labels.shape} for {len(images)} images; allowed: one whole number, "
+            "0 or more, for each image"
+        )
     tensor = torch.from_numpy(images if images.ndim == 4 else images[..., None]).permute(0, 3, 1, 2)
     missing = size - tensor.shape[-1]
     if missing < 0 or missing % 2 or tensor.shape[-1] != tensor.shape[-2]:
@@ -224,6 +233,7 @@ class Trainer:
         folder: gets the checkpoint, the log and the model (its averaged weights).
         info: what to write beside the model.
         device: where to train.
+        initial: a trained model of the same sizes to start from; fresh weights without one.
     """
 
     def __init__(
@@ -234,8 +244,12 @@ class Trainer:
         folder: FilePath,
         info: ModelInfo,
         device: torch.device,
+        initial: Model | None = None,
     ):
         config.check()
+        if sizes.in_channels != data.images.shape[1] or sizes.out_channels != data.images.shape[1]:
+            raise PlanError(f"in_channels is {sizes.in_channels} and out_channels {sizes.out_channels}; these images "
+                            f"have {data.images.shape[1]}")  # fmt: skip
         if config.holdout >= len(data.labels):
             raise PlanError(f"holdout is {config.holdout}; allowed: fewer than the {len(data.labels)} images")
         self.config, self.data, self.folder, self.device = config, data, folder, device
@@ -246,11 +260,21 @@ class Trainer:
         self.path, self.prediction = PATHS[config.path](), PREDICTIONS[config.prediction]
         self.network = UNet(sizes, target)
         initialise(self.network, config.seed)
+        if initial is not None:
+            self._start_from(initial)
         self.network.to(device, memory_format=torch.channels_last)
         self.averaged = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.learning_rate, betas=(0.9, 0.99))
         self.call: Any = torch.compile(self.network, dynamic=False) if config.compile else self.network
         self.iteration = 0
+
+    def _start_from(self, initial: Model) -> None:
+        """Copy a model's weights; a flow map may start from an ordinary network, which has no second embedding."""
+        if initial.network.config != self.network.config:
+            raise PlanError(f"{initial.folder}: has other sizes than the network to train")
+        left = self.network.load_state_dict(initial.network.state_dict(), strict=False)
+        if left.unexpected_keys:
+            raise PlanError(f"{initial.folder}: is a flow map; only --loss lsd can start from one")
 
     def losses(self, iteration: int) -> dict[str, Tensor]:
         """Draw the batch of one iteration and return its losses, each a scalar; their sum is minimised."""
@@ -287,7 +311,7 @@ class Trainer:
         below, above = output[plain : plain + count], output[plain + count :]
         error = lsd_error(self.path, self.call, x[plain:], labels[plain:], jumps, below, above)
         weight = (error.detach() + ERROR_FLOOR).rsqrt()
-        return {"match": match.mean(), "jump": JUMP_WEIGHT * (weight * error).mean()}
+        return {"match": match.mean(), "jump": config.jump_weight * (weight * error).mean()}
 
     def step(self) -> dict[str, float]:
         """Do one optimiser step and return its losses."""
@@ -351,6 +375,7 @@ class Trainer:
         if not file.exists():
             return False
         tensors = read_tensors(file)
+        self._check_same_run(file)
         try:
             self.iteration = int(tensors.pop("iteration"))
             groups: dict[str, dict[str, Tensor]] = {}
@@ -364,13 +389,25 @@ class Trainer:
                 if name in groups["step"]:
                     self.optimizer.state[parameter] = {part: groups[part][name] for part in parts}
         except (KeyError, RuntimeError) as error:
-            raise ArtifactError(f"{file}: not a checkpoint of this network ({str(error)[:160]})") from error
+            line = " ".join(str(error).split())
+            raise ArtifactError(f"{file}: not a checkpoint of this network ({line[:160]})") from error
         self._trim_log()
         return True
+
+    def _check_same_run(self, file: FilePath) -> None:
+        """Refuse a checkpoint of a run with other options; only its length may change."""
+        before = json.loads(read_metadata(file).get("config", "{}"))
+        for name, value in asdict(self.config).items():
+            if name not in ("iterations", "compile") and before.get(name, value) != value:
+                raise PlanError(
+                    f"{file}: was trained with {name}={before[name]!r}, not {value!r}; "
+                    "choose another folder, or the same options"
+                )
 
     def _trim_log(self) -> None:
         log = self.folder / LOG
         if log.exists():
             lines = log.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["iteration"] <= self.iteration]
+            whole = [line for line in lines if line.endswith("}")]  # the last one may have been cut short
+            kept = [line for line in whole if json.loads(line)["iteration"] <= self.iteration]
             write_text(log, "".join(line + "\n" for line in kept))

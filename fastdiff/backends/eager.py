@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.backends.base import Spec
-from fastdiff.errors import BackendError
+from fastdiff.errors import ArtifactError, BackendError
 from fastdiff.kernels import REFERENCE, triton_ops
 from fastdiff.models.unet import UNet
 from fastdiff.models.weights import Model
@@ -63,7 +63,7 @@ def _place(model: Model, spec: Spec) -> UNet:
     if spec.device.type == "cuda" and not torch.cuda.is_available():
         raise BackendError("device is 'cuda', but torch sees no GPU here; allowed: 'cpu'")
     if spec.artifact is not None:
-        raise BackendError(f"an exported file ({spec.artifact}) belongs to backend 'onnxruntime', not to torch")
+        raise ArtifactError(f"an exported file ({spec.artifact}) belongs to backend 'onnxruntime', not to torch")
     unet = model.network.to(spec.device, spec.dtype, memory_format=torch.channels_last)
     unet.ops = triton_ops() if spec.device.type == "cuda" else REFERENCE
     return unet

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdiff.artifact import load_manifest
 from fastdiff.backends.base import Spec
 from fastdiff.errors import ArtifactError, BackendError
-from fastdiff.models.weights import WEIGHTS, Model, sha256
+from fastdiff.models.weights import Model, fingerprint
 from fastdiff.sampling.denoiser import Cond
 
 FILE = "unet.onnx"
@@ -88,6 +88,6 @@ def load(model: Model, spec: Spec) -> OrtNetwork:
     manifest = load_manifest(file)
     if manifest.kind != "unet":
         raise ArtifactError(f"{file}: holds a {manifest.kind}, which runs by itself; a 'unet' export is needed here")
-    if manifest.model_sha256 != sha256(model.folder / WEIGHTS):
+    if manifest.model_sha256 != fingerprint(model.folder):
         raise ArtifactError(f"{file}: was made from other weights than those of {model.folder}; export it again")
     return OrtNetwork(open_session(file, spec.device))

@@ -33,7 +33,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "class_embed_type": (None,),
     "num_train_timesteps": (None, 1000),
 }
-MAX_PARAMETERS = 20_000_000_000  # a config that asks for more is damaged or hostile; nothing is allocated for it
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
 from collections.abc import Mapping
@@ -91,6 +92,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ArtifactError(f"{path}: not a whole safetensors file ({str(error)[:160]})") from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read the text facts of a safetensors file that ``read_tensors`` has accepted."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Copy tensors into a module whose parameters may be on the meta device.
 
@@ -126,6 +133,34 @@ def load_info(folder: Path) -> ModelInfo:
         raise ArtifactError(f"{folder / MANIFEST}: {error}") from error
 
 
+def _check_info(info: ModelInfo, config: UNetConfig, file: Path) -> None:
+    """Refuse values that would fail, or mean something else, only when the model is used."""
+
+    def need(condition: bool, key: str, value: Any, allowed: str) -> None:
+        if not condition:
+            raise ArtifactError(f"{file}: {key} is {value!r}; allowed: {allowed}")
+
+    def is_whole(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    labels, null, target = config.num_class_embeds or 0, info.null_label, info.target
+    for key in ("path", "prediction"):
+        need(isinstance(getattr(info, key), str), key, getattr(info, key), "a name")
+    need(len(info.classes) <= labels, "classes", list(info.classes), f"at most num_class_embeds={labels} names")
+    need(null is None or (is_whole(null) and 0 <= null < labels), "null_label", null, f"null or 0 to {labels - 1}")
+    need(is_whole(info.crop) and 0 <= 2 * info.crop < config.sample_size, "crop", info.crop, "less than half an image")
+    need(is_number(info.guidance_scale), "guidance_scale", info.guidance_scale, "a finite number")
+    if target is not None:
+        fits = is_whole(target.channels) and 2 <= target.channels <= 65536
+        need(fits, "target.channels", target.channels, "a whole number from 2 to 65536")
+        for key in ("scale", "max_period"):
+            value = getattr(target, key)
+            need(is_number(value) and value > 0, f"target.{key}", value, "a finite number above 0")
+
+
 def load_model(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Model:
     """Load a model folder onto the CPU.
 
@@ -143,6 +178,7 @@ def load_model(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float3
         if (root / name).exists() and not (root / name).resolve().is_relative_to(root.resolve()):
             raise ArtifactError(f"{root / name}: is a link that leaves the model folder; refused")
     config, info = UNetConfig.from_dict(read_json(root / CONFIG)), load_info(root)
+    _check_info(info, config, root / MANIFEST)
     tensors = read_tensors(root / WEIGHTS)
     if info.target is not None:
         tensors |= read_tensors(root / TARGET_WEIGHTS)
@@ -164,7 +200,12 @@ def save_model(model: Model, folder: str | os.PathLike[str], dtype: torch.dtype 
         write_tensors(root / TARGET_WEIGHTS, target, {"format": "pt"})
     config = {key: value for key, value in asdict(model.network.config).items() if value is not None}
     write_text(root / CONFIG, json.dumps({"_class_name": "UNet2DModel", **config}, indent=2) + "\n")
-    write_text(root / MANIFEST, json.dumps({"format": 1, **asdict(model.info)}, indent=2) + "\n")
+    write_info(root, model.info)
+
+
+def write_info(folder: Path, info: ModelInfo) -> None:
+    """Write ``fastdiff.json``."""
+    write_text(folder / MANIFEST, json.dumps({"format": 1, **asdict(info)}, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -182,6 +223,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     temporary = _temporary(path)
     try:
         save_file(dict(tensors), temporary, dict(metadata))
+        temporary.chmod(0o644)  # safetensors writes files that nobody else may read
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -195,3 +237,10 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(folder: Path) -> str:
+    """Return one hash of all weights of a folder: that of the weights file, joined by the second time's if any."""
+    target = folder / TARGET_WEIGHTS
+    first = sha256(folder / WEIGHTS)
+    return hashlib.sha256(f"{first} {sha256(target)}".encode()).hexdigest() if target.exists() else first

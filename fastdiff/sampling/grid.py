@@ -9,12 +9,13 @@ from fastdiff.errors import PlanError
 from fastdiff.sampling.path import DiscreteVP, Path, log_snr
 
 Times = tuple[float, ...]
+MAX_STEPS = 10_000  # the tables of more would not fit anywhere useful
 Grid = Callable[[Path, int], Times]
 
 
 def _need_steps(n: int) -> None:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise PlanError(f"num_inference_steps is {n!r}; allowed: a whole number, 1 or more")
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MAX_STEPS:
+        raise PlanError(f"num_inference_steps is {n!r}; allowed: a whole number from 1 to {MAX_STEPS}")
 
 
 def uniform(path: Path, n: int) -> Times:

@@ -30,6 +30,7 @@ class ClassifierFree:
         if not plan.guided:
             return estimate(x, self.network(scaled, row_index, prepared), rows, plan)
         both = self.network(torch.cat([scaled, scaled]), torch.cat([row_index, row_index]), prepared)
-        conditional, unconditional = both.chunk(2)
+        batch = x.shape[0]
+        conditional, unconditional = both[:batch], both[batch:]  # chunk(2) would fix the batch of an exported graph
         mixed = torch.lerp(unconditional, conditional, column(rows, GUIDANCE))
         return estimate(x, mixed, rows, plan)

@@ -167,7 +167,7 @@ def sample(
     generator: Generators | None = None,
     latents: Tensor | None = None,
     device: torch.device | str = "cpu",
-    callback: Callable[[int, State], None] | None = None,
+    callback: Callable[[int, float, State], None] | None = None,
     ops: Ops = REFERENCE,
 ) -> Tensor:
     """Sample from any network.
@@ -193,7 +193,7 @@ def sample(
         generator: torch generators instead of seeds, drawn in diffusers' order.
         latents: the starting state instead of noise, ``[B, C, H, W]``.
         device: where to run.
-        callback: gets the row's number and the state after it.
+        callback: gets the row's number, the time the network was told at it, and the state after it.
         ops: kernels.
 
     Returns:
@@ -214,8 +214,9 @@ def sample(
     denoiser, prepared = plan(ready, cond or Cond(), uncond, table)
     noise = make_noise(size, table.structure.draws, seed, generator, device, initial=latents is None)
     x = start(walked, size, latents, noise, device)
+    told = table.times[:, 0].tolist() if callback is not None else []
     for i, state in enumerate(iterate(denoiser, x, table, noise, prepared, ops)):
         x = state.x
         if callback is not None:
-            callback(i, state)
+            callback(i, told[i], state)
     return x

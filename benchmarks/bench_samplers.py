@@ -1,0 +1,194 @@
+"""The whole loop by solver and number of steps, its error beside it; and what the loop itself costs the host.
+
+Run ``make bench``, or this file alone:
+``python -m pytest benchmarks/bench_samplers.py -o python_files='bench_*.py' --benchmark-only``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdiff.benchmarks.environment import environment, median, relative_error, rms_error, synchronize, timed_ms
+from fastdiff.kernels import REFERENCE, Ops, triton_ops
+from fastdiff.pipeline import Pipeline
+from fastdiff.sampling.denoiser import Cond, Denoiser, Network, Prepared, column
+from fastdiff.sampling.grid import explicit
+from fastdiff.sampling.loop import sample
+from fastdiff.sampling.noise import Noise
+from fastdiff.sampling.run import make_noise, make_times, plan, start
+from fastdiff.sampling.solvers import SOLVERS
+from fastdiff.sampling.table import C_IN, C_OUT, C_SKIP, FIRST_WEIGHT, OUTPUTS, StepTable, build
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+MODEL = "digits"
+LOOPS = [("ddim", 50), ("ddim", 20), ("dpmpp_2m", 20), ("dpmpp_2m", 10), ("unipc", 10), ("heun", 10), ("ddpm", 50)]
+LOOPS += [("flow_map", 4), ("flow_map", 2), ("flow_map", 1)]
+STOCHASTIC = ("ddpm", "dpmpp_sde")  # more steps draw more noise: from one seed they converge to nothing
+CONVERGED = ("heun", 192)
+JUDGED = 4  # images whose error is measured; image i has seed i in any batch
+
+
+class Loop(NamedTuple):
+    """Everything one run of the loop takes, made beforehand: calling it is the loop and nothing else."""
+
+    denoiser: Denoiser
+    x: Tensor  # [B, C, H, W]
+    table: StepTable
+    noise: Noise
+    prepared: Prepared
+    ops: Ops
+
+    def __call__(self) -> Tensor:
+        """Run the loop: ``[B, C, H, W]``."""
+        return sample(*self)
+
+
+class Identity:
+    """A network that costs nothing: what is left of the loop's time is the loop."""
+
+    def prepare(self, cond: Cond, times: Tensor) -> None:
+        """See ``Network.prepare``."""
+
+    def __call__(self, x: Tensor, row_index: Tensor, prepared: None) -> Tensor:
+        """See ``Network.__call__``."""
+        return x
+
+
+def make_loop(
+    pipe: Pipeline,
+    solver: str,
+    steps: int | Sequence[float],
+    batch: int,
+    ops: Ops = REFERENCE,
+    network: Network | None = None,
+) -> Loop:
+    """Plan a loop over a loaded model, without guidance; image ``i`` is of class ``i % 10`` and has seed ``i``.
+
+    Args:
+        pipe: gives path, prediction, sizes and device.
+        solver: a name of ``SOLVERS``.
+        steps: of the usual grid; or the times themselves.
+        batch: images.
+        ops: kernels of the loop; those of the network are the network's.
+        network: another one than that of ``pipe``.
+    """
+    config, device = pipe.model.network.config, pipe.device
+    shape = (batch, config.in_channels, config.sample_size, config.sample_size)
+    times = make_times(pipe.path, steps) if isinstance(steps, int) else explicit(pipe.path, steps)
+    table = build(pipe.path, pipe.prediction, SOLVERS[solver](), times, device=device)
+    label = torch.arange(batch, device=device) % len(pipe.model.info.classes)
+    with torch.no_grad():
+        denoiser, prepared = plan(network or pipe.network, Cond(label), None, table)
+    noise = make_noise(shape, table.structure.draws, 0, None, device, initial=True)
+    return Loop(denoiser, start(pipe.path, shape, None, noise, device), table, noise, prepared, ops)
+
+
+def bare(loop: Loop) -> Callable[[], Tensor]:
+    """Return the arithmetic of an identity network's loop, without the loop.
+
+    The same ops run in the same order on the same numbers; every view, plan and slice was made beforehand. What the
+    loop takes longer than this is what its generality costs the host.
+    """
+    table, batch = loop.table, loop.x.shape[0]
+    steps: list[tuple[Tensor, Tensor, Tensor, Tensor, list[Any], bool, bool]] = []
+    for i, row in enumerate(table.structure.rows):
+        rows = table.values[i].expand(batch, -1)
+        moves, pushes = row.anchor is not None, bool(row.push)
+        weights = rows[:, FIRST_WEIGHT:].unflatten(1, (OUTPUTS, -1))
+        weights = weights[:, slice(0, OUTPUTS if pushes else OUTPUTS - 1, 1 if moves else 2)]
+        wanted = [used for used in (row.x, row.anchor, row.history if pushes else None) if used is not None]
+        c_in, c_skip, c_out = (column(rows, index) for index in (C_IN, C_SKIP, C_OUT))
+        steps.append((c_in, c_skip, c_out, weights, wanted, moves, pushes))
+    past = (torch.zeros_like(loop.x),) * table.structure.history
+
+    def run() -> Tensor:
+        x = anchor = loop.x
+        history = past
+        for c_in, c_skip, c_out, weights, wanted, moves, pushes in steps:
+            denoised = c_skip * x + c_out * (c_in * x)
+            results = loop.ops.combine((x, anchor, denoised, denoised, None, None, *history), weights, wanted)
+            x, anchor = results[0], results[1 if moves else 0]
+            history = (results[-1], *history[:-1]) if pushes else history
+        return x
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    """The bundled model in float32, on the GPU if there is one."""
+    return Pipeline.from_pretrained(MODEL, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="module")
+def ops(pipe: Pipeline) -> Ops:
+    """What the loop uses in production on this device."""
+    return triton_ops() if pipe.device.type == "cuda" else REFERENCE
+
+
+@pytest.fixture(scope="module")
+def converged(pipe: Pipeline) -> tuple[Tensor, float]:
+    """The solution of the network's own equation, and how far half as many steps are from it."""
+    solver, steps = CONVERGED
+    fine, coarse = (make_loop(pipe, solver, n, JUDGED)() for n in (steps, steps // 2))
+    return fine, rms_error(coarse, fine)
+
+
+@pytest.mark.benchmark(group="loop")
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("solver, steps", LOOPS)
+def test_loop(
+    benchmark: BenchmarkFixture,
+    pipe: Pipeline,
+    ops: Ops,
+    converged: tuple[Tensor, float],
+    solver: str,
+    steps: int,
+    batch: int,
+) -> None:
+    """Time a whole loop. The error of ``flow_map`` is that of its training too: its jumps were learned."""
+    loop = make_loop(pipe, solver, steps, batch, ops)
+    result = loop()[:JUDGED]
+    exact = converged[0][: len(result)]
+    judged = solver not in STOCHASTIC
+    benchmark.pedantic(lambda: timed_ms(loop, pipe.device), rounds=5, warmup_rounds=1)
+    benchmark.extra_info.update(
+        environment(pipe.device),
+        rows=len(loop.table.structure.rows),
+        error=rms_error(result, exact) if judged else None,
+        largest_error=relative_error(result, exact) if judged else None,
+        converged=f"{CONVERGED[0]}, {CONVERGED[1]} steps",
+        error_of_converged=converged[1],
+    )
+
+
+@pytest.mark.benchmark(group="host cost of the loop")
+@pytest.mark.parametrize(
+    "solver, steps", [("ddim", 50), ("dpmpp_2m", 20), ("unipc", 10), ("heun", 10), ("flow_map", 4)]
+)
+def test_host_cost(benchmark: BenchmarkFixture, pipe: Pipeline, solver: str, steps: int) -> None:
+    """Time the loop around a network that does nothing, and the same arithmetic bare, turn by turn."""
+    loop = make_loop(pipe, solver, steps, 1, network=Identity())
+    plain, rows = bare(loop), len(loop.table.structure.rows)
+    assert torch.equal(loop(), plain())
+    synchronize(pipe.device)
+    whole, alone = [], []
+    for _ in range(100):  # interleaved: whatever slows the machine for a while slows both
+        whole.append(timed_ms(loop, pipe.device))
+        alone.append(timed_ms(plain, pipe.device))
+    benchmark.pedantic(lambda: timed_ms(loop, pipe.device), rounds=50, warmup_rounds=3)
+    benchmark.extra_info.update(
+        environment(pipe.device),
+        rows=rows,
+        loop_ms=median(whole),
+        bare_ops_ms=median(alone),
+        host_us_per_row=1000.0 * (median(whole) - median(alone)) / rows,
+        error=0.0,  # equal bits, checked above
+    )

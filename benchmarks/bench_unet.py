@@ -1,0 +1,94 @@
+"""One network call of the bundled model, by backend and batch, with its error to float64.
+
+Run ``make bench``, or this file alone:
+``python -m pytest benchmarks/bench_unet.py -o python_files='bench_*.py' --benchmark-only``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdiff.benchmarks.bench_samplers import MODEL, Loop, make_loop
+from fastdiff.benchmarks.environment import environment, relative_error, timed_ms
+from fastdiff.errors import FastdiffError
+from fastdiff.kernels import REFERENCE
+from fastdiff.models.unet import UNet
+from fastdiff.models.weights import load_model
+from fastdiff.pipeline import Pipeline, resolve
+from fastdiff.sampling.denoiser import Network
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+ROW = 1  # of a flow map's table of four rows: neither pure noise nor nearly clean
+
+
+def one_call(network: Network, loop: Loop, batch: int) -> Callable[[], Tensor]:
+    """Return one evaluation of a network as the loop makes it; times and labels were prepared beforehand."""
+    row_index = loop.table.index[ROW].expand(batch)
+    return lambda: network(loop.x, row_index, loop.prepared)
+
+
+def exact_unet(unet: UNet) -> UNet:
+    """A float64 copy in plain torch, the truth that errors are measured from."""
+    exact = copy.deepcopy(unet).double()
+    exact.ops = REFERENCE
+    return exact
+
+
+@torch.no_grad()
+def exact_call(exact: UNet, loop: Loop, labels: Tensor) -> Tensor:
+    """The same evaluation in float64: ``[B, C, H, W]``."""
+    told = loop.table.times[ROW].double().expand(len(labels), 2)
+    return exact(loop.x.double(), told[:, 0], labels, told[:, 1])
+
+
+@pytest.fixture(scope="module")
+def device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path | str:
+    """The exported file, or why there is none."""
+    file = tmp_path_factory.mktemp("export") / "unet.onnx"
+    try:
+        from fastdiff.export.onnx import export_unet
+
+        export_unet(load_model(resolve(MODEL)), file)
+    except (ImportError, FastdiffError) as error:
+        return str(error)
+    return file
+
+
+@pytest.mark.benchmark(group="one network call")
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
+def test_one_call(
+    benchmark: BenchmarkFixture, request: pytest.FixtureRequest, device: torch.device, backend: str, batch: int
+) -> None:
+    """Time one evaluation in float32, preparation left out as in the loop."""
+    artifact = None
+    if backend == "onnxruntime":
+        artifact = request.getfixturevalue("exported")
+        if isinstance(artifact, str):
+            pytest.skip(f"the model could not be exported: {artifact}")
+    try:
+        pipe = Pipeline.from_pretrained(MODEL, device=device, backend=backend, artifact=artifact)
+    except FastdiffError as error:
+        pytest.skip(f"{backend} cannot run here: {error}")
+    loop = make_loop(pipe, "flow_map", 4, batch)
+    call = one_call(pipe.network, loop, batch)
+    labels = torch.arange(batch, device=device) % len(pipe.model.info.classes)
+    unet = load_model(resolve(MODEL)).network.to(device)  # as stored, whatever the backend made of its own copy
+    found = relative_error(call(), exact_call(exact_unet(unet), loop, labels))
+    benchmark.pedantic(lambda: timed_ms(call, device), rounds=30, warmup_rounds=3)
+    benchmark.extra_info.update(environment(device), error=found)
