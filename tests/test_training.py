@@ -139,7 +139,7 @@ def lsd(network) -> Tensor:
 def test_lsd_vanishes_at_the_exact_flow_map_with_the_fourth_power_of_the_width(monkeypatch):
     exact = lsd(flow_map)
     assert exact.shape == (32,) and 0 < exact.max() < 1e-6
-    monkeypatch.setattr(training, "HALF_WIDTH", training.HALF_WIDTH / 2)
+    monkeypatch.setattr(training.losses, "HALF_WIDTH", training.losses.HALF_WIDTH / 2)
     assert 12 < float(exact.mean() / lsd(flow_map).mean()) < 20  # (h^2)^2: 16
 
 
@@ -189,7 +189,7 @@ def test_jumps_stay_inside_the_path():
     low, high = jump_bounds(PATH, jumps)
     assert float(low.min()) >= PATH.t_end and bool((high <= jumps.t).all()) and bool((low < high).all())
     share = float((jumps.t == PATH.t_start).double().mean())
-    assert abs(share - training.FROM_NOISE_SHARE) < 5 * (0.25 * 0.75 / 2000) ** 0.5
+    assert abs(share - training.losses.FROM_NOISE_SHARE) < 5 * (0.25 * 0.75 / 2000) ** 0.5
 
 
 # --- the trainer ----------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def test_times_are_stratified_over_the_whole_path(tmp_path, monkeypatch, loss, i
         seen.append(t)
         return real(path, x0, t, noise)
 
-    monkeypatch.setattr(training, "q_sample", spy)
+    monkeypatch.setattr(training.trainer, "q_sample", spy)
     trainer = make_trainer(tmp_path, loss, batch_size=16)
     trainer.losses(iteration)
     jumps = 4 if loss == "lsd" and iteration >= 1 else 0

@@ -1,130 +1,30 @@
-"""The losses of the field in short form, and a small trainer that resumes exactly.
-
-A regression loss asks for one linear combination of data and noise (``Prediction.target``). The flow-map loss ``lsd``
-distils a network into itself: the derivative of its jump with respect to the landing time must be its own velocity at
-the landing point. All randomness is a function of the seed and the iteration, so a resumed run equals an unbroken one.
-"""
+"""A small trainer that resumes exactly: all randomness is a function of the seed and the iteration."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path as FilePath
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastdiff.errors import ArtifactError, PlanError
 from fastdiff.models.unet import TargetConfig, UNet, UNetConfig
 from fastdiff.models.weights import Model, ModelInfo, read_metadata, read_tensors, save_model, write_tensors, write_text
-from fastdiff.sampling.path import PATHS, Path
-from fastdiff.sampling.prediction import PREDICTIONS, Prediction
+from fastdiff.sampling.path import PATHS
+from fastdiff.sampling.prediction import PREDICTIONS
+from fastdiff.training.data import Images
+from fastdiff.training.losses import draw_jumps, jump_bounds, lsd_error, q_sample, regression_error, timesteps
 
 LOSSES = ("eps", "x0", "v", "score", "velocity", "lsd")
 CHECKPOINT, LOG = "checkpoint.safetensors", "train_log.jsonl"
 JUMP_SHARE = 0.25  # of the batch, once distillation has begun
-FROM_NOISE_SHARE = 0.25  # of the jumps start at pure noise, where 1-step sampling starts
 ERROR_FLOOR = 0.05
-HALF_WIDTH = 0.005  # of the central difference in the landing time
-
-# network(x [B,C,H,W], timestep [B], labels [B], target timestep [B]) -> F [B,C,H,W]
-TwoTimeNetwork = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-class Jumps(NamedTuple):
-    """Intervals for the flow-map loss: from ``t`` down to ``s``, float64 ``[B]``, on the host."""
-
-    t: Tensor
-    s: Tensor
-
-
-def _per_image(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64).to(like.device, like.dtype)
-
-
-def q_sample(path: Path, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Draw from the forward process, ``alpha(t) * x0 + sigma(t) * noise``.
-
-    Args:
-        path: any forward process.
-        x0: clean images, ``[B, C, H, W]``.
-        t: ``[B]`` times in the path's own unit, on the host.
-        noise: standard normal, the shape of ``x0``.
-
-    Source: Ho et al. 2020, arXiv:2006.11239, eq. 4.
-    """
-    levels = [path.alpha_sigma(value) for value in t.tolist()]
-    alpha, sigma = (_per_image([level[i] for level in levels], x0).view(-1, 1, 1, 1) for i in (0, 1))
-    return alpha * x0 + sigma * noise
-
-
-def timesteps(path: Path, t: Tensor, like: Tensor) -> Tensor:
-    """Map times ``[B]`` to what the network is told, ``[B]`` on the device of ``like``."""
-    return _per_image([path.timestep(value) for value in t.tolist()], like)
-
-
-def regression_error(
-    output: Tensor, path: Path, prediction: Prediction, x0: Tensor, t: Tensor, noise: Tensor
-) -> Tensor:
-    """Weighted mean squared error of a network's output against its target, ``[B]``."""
-    goals = [prediction.target(path, value) for value in t.tolist()]
-    data, level, weight = (_per_image([goal[i] for goal in goals], x0).view(-1, 1, 1, 1) for i in range(3))
-    return (weight * (output - (data * x0 + level * noise)) ** 2).mean(dim=(1, 2, 3))
-
-
-def jump_bounds(path: Path, jumps: Jumps) -> tuple[Tensor, Tensor]:
-    """Landing times a little below and a little above ``s``, kept inside the path and below ``t``."""
-    low = (jumps.s - HALF_WIDTH).clamp(min=path.t_end)
-    return low, torch.minimum(jumps.s + HALF_WIDTH, jumps.t)
-
-
-def lsd_error(
-    path: Path, network: TwoTimeNetwork, x: Tensor, labels: Tensor, jumps: Jumps, below: Tensor, above: Tensor
-) -> Tensor:
-    """Lagrangian self-distillation error of each jump, ``[B]``.
-
-    The jump is ``X_{t->s}(x) = x + (s - t) * F(x, t, s)``; along the landing time it must move with the velocity
-    ``F(X, s, s)``, which is held fixed. The derivative is a central difference: the loss needs no forward-mode
-    differentiation and its error is of second order in the half width.
-
-    Args:
-        path: a path whose velocity the network predicts on the diagonal.
-        network: ``F(x, timestep, labels, target)``; called once, without gradient.
-        x: ``[B, C, H, W]`` at time ``jumps.t``.
-        labels: ``[B]``.
-        jumps: the intervals.
-        below: ``F`` at the lower landing time of ``jump_bounds``, with gradient.
-        above: ``F`` at the upper one, with gradient.
-
-    Source: Boffi, Albergo and Vanden-Eijnden 2025, arXiv:2505.18825, eq. 12 (LSD).
-    """
-    low, high = jump_bounds(path, jumps)
-
-    def column(values: Tensor) -> Tensor:
-        return values.to(x.device, x.dtype).view(-1, 1, 1, 1)
-
-    landed_low = x + column(low - jumps.t) * below
-    landed_high = x + column(high - jumps.t) * above
-    slope = (landed_high - landed_low) / column(high - low)
-    with torch.no_grad():
-        middle = timesteps(path, (low + high) / 2, x)
-        velocity = network((landed_low + landed_high) / 2, middle, labels, middle)
-    return ((slope - velocity) ** 2).mean(dim=(1, 2, 3))
-
-
-def draw_jumps(path: Path, count: int, generator: torch.Generator) -> Jumps:
-    """Draw intervals: two uniform times in falling order, a share of them from pure noise."""
-    pair = torch.rand(count, 2, generator=generator, dtype=torch.float64)
-    t, s = pair.max(dim=1).values, pair.min(dim=1).values
-    t = torch.where(torch.rand(count, generator=generator) < FROM_NOISE_SHARE, 1.0, t.clamp(min=4 * HALF_WIDTH))
-    span = path.t_start - path.t_end
-    return Jumps(path.t_end + span * t, path.t_end + span * s)
 
 
 @dataclass(frozen=True)
@@ -169,46 +69,6 @@ class TrainConfig:
     def prediction(self) -> str:
         """The prediction a network trained with this loss makes."""
         return "mean_velocity" if self.loss == "lsd" else self.loss
-
-
-class Images(NamedTuple):
-    """A labelled data set: ``images [N, C, H, W]`` uint8, padded; ``labels [N]`` int64."""
-
-    images: Tensor
-    labels: Tensor
-    original_size: int  # of the images before padding
-
-    def batch(self, rows: Tensor) -> Tensor:
-        """Rows of the set as float32 in [-1, 1]."""
-        return self.images[rows].float() / 127.5 - 1.0
-
-
-def load_images(file: FilePath, size: int, split: str = "train") -> Images:
-    """Read an ``.npz`` with ``{split}_images`` (uint8, HW or HWC) and ``{split}_labels``, padded with 0 to ``size``.
-
-    Raises:
-        ArtifactError: if the file or one of its arrays is missing or not as described.
-    """
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-    except (OSError, ValueError, KeyError, EOFError, MemoryError, TypeError, zipfile.BadZipFile) as error:
-        raise ArtifactError(f"{file}: need an .npz with {split}_images and {split}_labels ({error})") from error
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise ArtifactError(f"{file}: images are {images.dtype} {images.shape}; allowed: uint8, N x H x W (x C)")
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or not labels.size or labels.min() < 0:
-        raise ArtifactError(
-            f"{file}: labels are {labels.dtype} {labels.shape} for {len(images)} images; allowed: one whole number, "
-            "0 or more, for each image"
-        )
-    tensor = torch.from_numpy(images if images.ndim == 4 else images[..., None]).permute(0, 3, 1, 2)
-    missing = size - tensor.shape[-1]
-    if missing < 0 or missing % 2 or tensor.shape[-1] != tensor.shape[-2]:
-        raise ArtifactError(
-            f"{file}: images are {tuple(tensor.shape[-2:])}; they must be square and pad evenly to {size}"
-        )
-    padded = nn.functional.pad(tensor, [missing // 2] * 4)
-    return Images(padded.contiguous(), torch.from_numpy(labels.astype(np.int64)), tensor.shape[-1])
 
 
 def initialise(network: UNet, seed: int) -> None:
