@@ -63,7 +63,7 @@ def diffusers_arm(folder: Path, guidance: float, null_label: int, crop: int) -> 
     """What people write today, with the same weights and the same guidance."""
     from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 
-    unet = UNet2DModel.from_pretrained(folder).eval()
+    unet = UNet2DModel.from_pretrained(folder, low_cpu_mem_usage=False).eval()
     scheduler = FlowMatchEulerDiscreteScheduler()
 
     @torch.no_grad()

@@ -194,7 +194,7 @@ def test_loading_refuses_by_name(folders, tmp_path):
         Pipeline.from_pretrained("cifar")
     with pytest.raises(BackendError, match="unknown backend 'jax'"):
         Pipeline.from_pretrained(folders["one time"], backend="jax")
-    with pytest.raises(BackendError, match="belongs to backend 'onnxruntime'"):
+    with pytest.raises(ArtifactError, match="belongs to backend 'onnxruntime'"):
         Pipeline.from_pretrained(folders["one time"], artifact=tmp_path / "x.onnx")
     folder = make_folder(tmp_path / "m")
     for key, value in (("path", "straight"), ("prediction", "velocity")):
