@@ -21,11 +21,11 @@ def main() -> None:
     folder = resolve("digits")
     print(f"Bundled digits model on {torch.get_num_threads()} threads: timing and judging every sampler...", flush=True)
     # torch.compile takes minutes for its first images; `fastdiff bench` measures it too
-    results = run_table(folder, samples=200, rounds=3, backends=["eager", "onnxruntime"])
+    results = run_table(folder, samples=100, rounds=3, backends=["eager", "onnxruntime"])
     results["missing"]["compile"] = "left out of the demo, since it compiles for minutes: run `fastdiff bench`"
     table = write_report(results, options.out, folder)
     print(table)
-    print("\n200 images are few: distances at this count are only comparable with each other.")
+    print("\n100 images are few: distances at this count are only comparable with each other.")
     for name, what in (("samples.png", "digits, 1, 2 and 4 steps"), ("plot.png", "latency and quality")):
         print(f"{options.out / name}: {what}")
     if shutil.which("fastdiff"):

@@ -33,6 +33,7 @@ SAMPLERS = [("ddim", 50), ("dpmpp_2m", 20), ("dpmpp_2m", 10), ("flow_map", 4), (
 BATCH = 16
 JUDGED_BATCH = 100
 NEAREST = 1000
+COMPARED = 4  # images on which the backends' outputs are compared
 
 Draw = Callable[[Sequence[int], Tensor], Tensor]  # labels, latents [B,1,32,32] -> images [B,1,28,28] in [-1, 1]
 
@@ -212,7 +213,7 @@ def _record(arm: Arm, one: Sequence[float], many: Sequence[float]) -> dict[str, 
 
 def _compare(arms: Sequence[Arm], records: list[dict[str, Any]]) -> None:
     """Largest difference of each arm's images to those of the eager arm of the same sampler."""
-    labels, latents = inputs(BATCH)
+    labels, latents = inputs(COMPARED)
     eager = {(arm.sampler, arm.steps): arm.draw(labels, latents) for arm in arms if arm.backend == "eager"}
     for arm, record in zip(arms, records, strict=True):
         base = eager.get((arm.sampler, arm.steps))
