@@ -126,12 +126,12 @@ def time_arms(arms: Sequence[Arm], batch: int, rounds: int, label: str) -> list[
     return spent
 
 
-def draw_many(arm: Arm, samples: int) -> tuple[Tensor, Tensor]:
-    """Images ``[N, 1, 28, 28]`` and the labels asked for ``[N]``."""
+def draw_many(arm: Arm, samples: int, offset: int = 0) -> tuple[Tensor, Tensor]:
+    """Images ``[N, 1, 28, 28]`` from the noise of seeds ``offset`` onwards, and the labels asked for ``[N]``."""
     images, asked = [], []
     progress = tqdm(range(0, samples, JUDGED_BATCH), desc=f"{arm.sampler}-{arm.steps}", leave=False, disable=None)
     for first in progress:
-        labels, latents = inputs(min(JUDGED_BATCH, samples - first), first)
+        labels, latents = inputs(min(JUDGED_BATCH, samples - first), offset + first)
         images.append(arm.draw(labels, latents).clamp(-1, 1))
         asked += labels
     return torch.cat(images), torch.tensor(asked)

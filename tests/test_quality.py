@@ -74,7 +74,8 @@ def test_distance_of_diagonal_gaussians_has_a_closed_form():
 
 
 def test_distance_agrees_with_the_matrix_root_of_scipy():
-    linalg = pytest.importorskip("scipy.linalg")
+    from scipy import linalg
+
     a, b = moments(features(seed=1)), moments(features(seed=2))
     root = linalg.sqrtm((a.covariance @ b.covariance).numpy())
     wanted = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * np.trace(root).real
