@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 DATA ?=
+OUT ?=
 
-.PHONY: demo test fast bench check-main lint report clean
+.PHONY: demo test fast bench check-main check-samplers lint report clean
 
 demo: $(STAMP)
 	$(BIN)/python -m fastdiff.benchmarks.demo
@@ -21,6 +22,10 @@ bench: $(STAMP)
 # QUICK=1: fewer images and rounds. DATA=mnist.npz: also check that samples are not copies of training images.
 check-main: $(STAMP)
 	@$(BIN)/python -m fastdiff.benchmarks.check_main $(if $(QUICK),--quick) $(if $(DATA),--data $(DATA))
+
+# QUICK=1: one path, fewer images and rounds. OUT=samplers.json: also write the details.
+check-samplers: $(STAMP)
+	@$(BIN)/python -m fastdiff.benchmarks.check_samplers $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT))
 
 lint: $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy

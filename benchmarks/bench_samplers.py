@@ -6,23 +6,24 @@ Run ``make bench``, or this file alone:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastdiff.benchmarks.environment import environment, median, relative_error, rms_error, synchronize, timed_ms
+from fastdiff.benchmarks.host_cost import Identity, bare
 from fastdiff.kernels import REFERENCE, Ops, triton_ops
 from fastdiff.pipeline import Pipeline
-from fastdiff.sampling.denoiser import Cond, Denoiser, Network, Prepared, column
+from fastdiff.sampling.denoiser import Cond, Denoiser, Network, Prepared
 from fastdiff.sampling.grid import explicit
 from fastdiff.sampling.loop import sample
 from fastdiff.sampling.noise import Noise
-from fastdiff.sampling.run import make_noise, make_times, plan, start
+from fastdiff.sampling.parts import make_noise, make_times, plan, start
 from fastdiff.sampling.solvers import SOLVERS
-from fastdiff.sampling.table import C_IN, C_OUT, C_SKIP, FIRST_WEIGHT, OUTPUTS, StepTable, build
+from fastdiff.sampling.table import StepTable, build
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -48,17 +49,6 @@ class Loop(NamedTuple):
     def __call__(self) -> Tensor:
         """Run the loop: ``[B, C, H, W]``."""
         return sample(*self)
-
-
-class Identity:
-    """A network that costs nothing: what is left of the loop's time is the loop."""
-
-    def prepare(self, cond: Cond, times: Tensor) -> None:
-        """See ``Network.prepare``."""
-
-    def __call__(self, x: Tensor, row_index: Tensor, prepared: None) -> Tensor:
-        """See ``Network.__call__``."""
-        return x
 
 
 def make_loop(
@@ -87,38 +77,7 @@ def make_loop(
     with torch.no_grad():
         denoiser, prepared = plan(network or pipe.network, Cond(label), None, table)
     noise = make_noise(shape, table.structure.draws, 0, None, device, initial=True)
-    return Loop(denoiser, start(pipe.path, shape, None, noise, device), table, noise, prepared, ops)
-
-
-def bare(loop: Loop) -> Callable[[], Tensor]:
-    """Return the arithmetic of an identity network's loop, without the loop.
-
-    The same ops run in the same order on the same numbers; every view, plan and slice was made beforehand. What the
-    loop takes longer than this is what its generality costs the host.
-    """
-    table, batch = loop.table, loop.x.shape[0]
-    steps: list[tuple[Tensor, Tensor, Tensor, Tensor, list[Any], bool, bool]] = []
-    for i, row in enumerate(table.structure.rows):
-        rows = table.values[i].expand(batch, -1)
-        moves, pushes = row.anchor is not None, bool(row.push)
-        weights = rows[:, FIRST_WEIGHT:].unflatten(1, (OUTPUTS, -1))
-        weights = weights[:, slice(0, OUTPUTS if pushes else OUTPUTS - 1, 1 if moves else 2)]
-        wanted = [used for used in (row.x, row.anchor, row.history if pushes else None) if used is not None]
-        c_in, c_skip, c_out = (column(rows, index) for index in (C_IN, C_SKIP, C_OUT))
-        steps.append((c_in, c_skip, c_out, weights, wanted, moves, pushes))
-    past = (torch.zeros_like(loop.x),) * table.structure.history
-
-    def run() -> Tensor:
-        x = anchor = loop.x
-        history = past
-        for c_in, c_skip, c_out, weights, wanted, moves, pushes in steps:
-            denoised = c_skip * x + c_out * (c_in * x)
-            results = loop.ops.combine((x, anchor, denoised, denoised, None, None, *history), weights, wanted)
-            x, anchor = results[0], results[1 if moves else 0]
-            history = (results[-1], *history[:-1]) if pushes else history
-        return x
-
-    return run
+    return Loop(denoiser, start(pipe.path, times, shape, None, None, noise, device), table, noise, prepared, ops)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +135,7 @@ def test_loop(
 def test_host_cost(benchmark: BenchmarkFixture, pipe: Pipeline, solver: str, steps: int) -> None:
     """Time the loop around a network that does nothing, and the same arithmetic bare, turn by turn."""
     loop = make_loop(pipe, solver, steps, 1, network=Identity())
-    plain, rows = bare(loop), len(loop.table.structure.rows)
+    plain, rows = bare(loop.table, loop.x, loop.ops), len(loop.table.structure.rows)
     assert torch.equal(loop(), plain())
     synchronize(pipe.device)
     whole, alone = [], []

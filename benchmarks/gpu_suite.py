@@ -11,6 +11,7 @@ small call measures how fast Python issues work. No time stands without the erro
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import math
@@ -252,7 +253,8 @@ def exact_loop(pipe: Pipeline, exact: UNet, solver: str, batch: int) -> Tensor:
     network = CallableNetwork(lambda x, t, s, class_labels: exact(x, t, class_labels, s), two_time=True)
     loop = make_loop(pipe, solver, STEPS, batch, network=network)
     with torch.no_grad():
-        return loop._replace(x=loop.x.double(), table=loop.table._replace(values=loop.table.values.double()))()
+        double = dataclasses.replace(loop.table, values=loop.table.values.double())
+        return loop._replace(x=loop.x.double(), table=double)()
 
 
 def swap(held: Loop, other: Loop) -> None:

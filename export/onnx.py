@@ -19,9 +19,9 @@ from fastdiff.models.unet import UNet
 from fastdiff.models.weights import Model, fingerprint, sha256
 from fastdiff.sampling.denoiser import CallableNetwork, Cond
 from fastdiff.sampling.loop import sample
+from fastdiff.sampling.parts import initial_scale, make_solver, make_times, plan
 from fastdiff.sampling.path import PATHS
 from fastdiff.sampling.prediction import PREDICTIONS
-from fastdiff.sampling.run import initial_scale, make_solver, make_times, plan
 from fastdiff.sampling.table import StepTable, build
 
 OPSET = 20
@@ -124,7 +124,8 @@ def export_sampler(
     table = build(path, prediction, make_solver(name, {}), times, guidance=strength)
     if table.structure.draws:
         raise PlanError(f"sampler {name!r} draws noise at its steps; only deterministic samplers fit into one graph")
-    module = WholeSampler(model.network, table, prediction.two_time, initial_scale(path), info.null_label, info.crop)
+    scale = initial_scale(path, times[0])
+    module = WholeSampler(model.network, table, prediction.two_time, scale, info.null_label, info.crop)
     shape = (EXAMPLE_BATCH, config.in_channels, config.sample_size, config.sample_size)
     arguments: dict[str, Tensor] = {"noise": torch.randn(shape)}
     if config.num_class_embeds:

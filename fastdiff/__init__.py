@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 
 from fastdiff.errors import ArtifactError, BackendError, FastdiffError, PlanError, ShapeError
+from fastdiff.integrations.schedulers import from_diffusers_scheduler
 from fastdiff.pipeline import Output, Pipeline
 from fastdiff.sampling import Cond, sample
 
@@ -18,5 +19,6 @@ __all__ = [
     "Pipeline",
     "PlanError",
     "ShapeError",
+    "from_diffusers_scheduler",
     "sample",
 ]

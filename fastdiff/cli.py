@@ -24,7 +24,7 @@ from fastdiff.errors import ArtifactError, BackendError, FastdiffError, PlanErro
 from fastdiff.models.unet import UNetConfig
 from fastdiff.models.weights import ModelInfo, load_model, read_json, sha256
 from fastdiff.pipeline import Pipeline, resolve
-from fastdiff.sampling import GRIDS, PATHS, SOLVERS
+from fastdiff.sampling import GRIDS, GUIDANCES, PATHS, SOLVERS
 from fastdiff.training import LOSSES, TrainConfig, Trainer, load_images
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -96,8 +96,18 @@ def _generate_options(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="steps (default: 4 or 20)",
     )
-    add("--sampler", help=f"one of {', '.join(SOLVERS)}")
+    add("--sampler", help=f"one of {', '.join(SOLVERS)}; options follow a colon: unipc:order=3,corrector=false")
     add("--guidance-scale", type=float, help="strength of guidance; 1 means none (default: the model's own)")
+    add("--guidance", default="cfg", help=f"how to guide: one of {', '.join(GUIDANCES)} (default: cfg)")
+    add("--guidance-rescale", type=float, default=0.0, help="keep the contrast of the unguided output, 0 to 1")
+    add(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide between these noise levels sigma / alpha only (default: everywhere)",
+    )
+    add("--clip", type=float, help="bound of the denoised estimate (default: none)")
     add("--grid", help=f"where to put the steps: one of {', '.join(GRIDS)}")
     add("--eta", type=float, help="share of fresh noise of ddim and dpmpp_sde, 0 to 1")
     add("--gamma", type=float, help="share of fresh noise of flow_map, 0 to 1")
@@ -125,8 +135,9 @@ def generate(options: argparse.Namespace) -> int:
     with tqdm(desc="sampling", unit="step", disable=options.json or not sys.stderr.isatty()) as bar:
         images = pipe(
             labels, num_images_per_prompt=options.num_images_per_prompt, num_inference_steps=options.steps,
-            sampler=options.sampler, guidance_scale=options.guidance_scale, grid=options.grid, eta=options.eta,
-            gamma=options.gamma, seed=options.seed, latents=latents,
+            sampler=options.sampler, guidance_scale=options.guidance_scale, guidance=options.guidance,
+            guidance_rescale=options.guidance_rescale, guidance_interval=options.guidance_interval, clip=options.clip,
+            grid=options.grid, eta=options.eta, gamma=options.gamma, seed=options.seed, latents=latents,
             callback_on_step_end=lambda *_: bar.update(),
         ).images  # fmt: skip
     seconds = time.perf_counter() - start

@@ -15,13 +15,16 @@ from torch import Tensor
 from fastdiff.backends import Spec, load_backend
 from fastdiff.errors import ArtifactError, PlanError, ShapeError
 from fastdiff.models.weights import WEIGHTS, Model, load_model, sha256
+from fastdiff.sampling.clipping import Clip
 from fastdiff.sampling.denoiser import Cond, Network
+from fastdiff.sampling.guidance import Rule
 from fastdiff.sampling.loop import State
+from fastdiff.sampling.parts import Generators
 from fastdiff.sampling.path import PATHS
 from fastdiff.sampling.prediction import PREDICTIONS
-from fastdiff.sampling.run import Generators, sample
+from fastdiff.sampling.run import sample
 from fastdiff.sampling.solvers import Solver
-from fastdiff.sampling.table import Strength
+from fastdiff.sampling.steering import Interval, Strength
 
 BUNDLED = Path(__file__).parent / "bundled"
 MAX_BATCH = 4096
@@ -104,7 +107,11 @@ class Pipeline:
         class_labels: int | Sequence[int] | None = None,
         *,
         num_inference_steps: int | None = None,
-        guidance_scale: Strength | None = None,
+        guidance_scale: Strength | Sequence[Strength] | None = None,
+        guidance: str | Rule = "cfg",
+        guidance_rescale: float = 0.0,
+        guidance_interval: Interval | None = None,
+        guide: Pipeline | None = None,
         sampler: str | Solver | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
@@ -115,6 +122,7 @@ class Pipeline:
         grid: str | None = None,
         eta: float | None = None,
         gamma: float | None = None,
+        clip: Clip | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable[[Pipeline, int, float, dict[str, Tensor]], Any] | None = None,
     ) -> Output:
@@ -123,7 +131,12 @@ class Pipeline:
         Args:
             class_labels: one label or several; without any, one image of no particular class.
             num_inference_steps: 4 for ``flow_map``, 20 otherwise, unless given.
-            guidance_scale: strength of classifier-free guidance; by default the model's own, 1 means none.
+            guidance_scale: strength of guidance, a number or a function of time, or one of these for each image; by
+                default the model's own, 1 means none.
+            guidance: a name of ``GUIDANCES`` or a rule, see docs/GUIDANCE.md.
+            guidance_rescale: share of the guided output that is brought back to the conditional one's contrast.
+            guidance_interval: noise levels ``sigma / alpha`` between which to guide.
+            guide: a weaker model whose estimate takes the place of the unconditional one; it gets the same labels.
             sampler: a name of ``SOLVERS``; by default ``flow_map`` where the network is one, else ``dpmpp_2m``.
             num_images_per_prompt: images for each label.
             seed: one for the batch (image ``i`` gets ``seed + i``), or one for each image. The same seed gives the
@@ -135,6 +148,7 @@ class Pipeline:
             grid: a name of ``GRIDS``.
             eta: share of fresh noise of ``ddim`` and ``dpmpp_sde``.
             gamma: share of fresh noise of ``flow_map``.
+            clip: bound of the denoised estimate, or a ``DynamicThreshold``.
             output_type: ``"pil"``, ``"pt"`` (``[B, C, H, W]`` in [0, 1]) or ``"np"`` (``[B, H, W, C]`` in [0, 1]).
             callback_on_step_end: called as ``fn(pipe, i, timestep, {"latents": x})`` after every network evaluation.
 
@@ -161,13 +175,18 @@ class Pipeline:
             path=self.path,
             prediction=self.prediction,
             cond=self._cond(labels),
-            uncond=self._cond([info.null_label] * batch) if info.null_label is not None else None,
+            uncond=self._cond([info.null_label] * batch) if info.null_label is not None and guide is None else None,
             guidance_scale=info.guidance_scale if guidance_scale is None else guidance_scale,
+            guidance=guidance,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            guide=None if guide is None else self._like(guide),
             grid=grid,
             timesteps=timesteps,
             sigmas=sigmas,
             eta=eta,
             gamma=gamma,
+            clip=clip,
             seed=seed,
             generator=generator,
             latents=latents,
@@ -202,6 +221,24 @@ class Pipeline:
                 allowed = f"0 to {count - 1}" if count else "none: the model has no classes"
                 raise ShapeError(f"class label is {label!r}; allowed: {allowed}")
         return [null if label is None else label for label in given for _ in range(repeat)]
+
+    def _like(self, guide: Pipeline) -> Network:
+        """Return the network of a model that means the same by its inputs and outputs.
+
+        Raises:
+            PlanError: naming the first difference.
+        """
+        ours, theirs = self.model, guide.model
+        for what, mine, other in (
+            ("path", ours.info.path, theirs.info.path),
+            ("prediction", ours.info.prediction, theirs.info.prediction),
+            ("number of classes", ours.network.config.num_class_embeds, theirs.network.config.num_class_embeds),
+            ("channels", ours.network.config.in_channels, theirs.network.config.in_channels),
+            ("device", self.device, guide.device),
+        ):
+            if mine != other:
+                raise PlanError(f"the guide's {what} is {other!r}; needed: {mine!r}, as in the model it guides")
+        return guide.network
 
     def _cond(self, labels: Sequence[int | None]) -> Cond:
         if self.model.network.config.num_class_embeds is None:

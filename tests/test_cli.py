@@ -78,7 +78,7 @@ def test_latents_from_a_file_replace_the_noise(model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "value"),
     [
-        (["--sampler", "euler"], "'euler'"),
+        (["--sampler", "leapfrog"], "'leapfrog'"),
         (["--grid", "trailing_steps"], "'trailing_steps'"),
         (["--steps", "0"], "0"),
         (["--steps", "-3"], "-3"),
@@ -223,7 +223,7 @@ def test_inspect_refuses_an_onnx_file_without_its_manifest(tmp_path, capsys):
     ("command", "options", "value"),
     [
         ("export", ["--fuse-sampler", "0"], "0"),
-        ("export", ["--fuse-sampler", "2", "--sampler", "euler"], "'euler'"),
+        ("export", ["--fuse-sampler", "2", "--sampler", "leapfrog"], "'leapfrog'"),
         ("export", ["--fuse-sampler", "1001"], "1001"),
         ("export", ["--sampler", "ddim"], "--fuse-sampler"),
     ],

@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"errors", "kernels", "sampling", "models", "artifact", "backends"},
     "training": {"errors", "kernels", "sampling", "models"},
     "pipeline": {"errors", "kernels", "sampling", "models", "backends"},
-    "": {"errors", "sampling", "pipeline", "training"},  # the package's own public names
+    "integrations": {"errors", "kernels", "sampling"},
+    "": {"errors", "sampling", "pipeline", "training", "integrations"},  # the package's own public names
 }
 ALLOWED["benchmarks"] = set(ALLOWED) | {"cli"}
 ALLOWED["cli"] = set(ALLOWED)

@@ -7,9 +7,8 @@ import torch
 
 from fastdiff.errors import PlanError, ShapeError
 from fastdiff.sampling import Cond, sample
-from fastdiff.sampling.denoiser import CallableNetwork
+from fastdiff.sampling.denoiser import CallableNetwork, NetworkDenoiser
 from fastdiff.sampling.grid import uniform
-from fastdiff.sampling.guidance import ClassifierFree
 from fastdiff.sampling.loop import iterate
 from fastdiff.sampling.noise import PhiloxNoise
 from fastdiff.sampling.path import RectifiedFlow
@@ -23,15 +22,77 @@ from fastdiff.sampling.table import build
 def test_the_loop_runs_on_the_meta_device(name, clip):
     """Every host read raises there: this is the proof that the loop makes none."""
     path = RectifiedFlow()
-    table = build(path, MeanVelocity(), SOLVERS[name](), uniform(path, 4), guidance=2.0, clip=clip, device="meta")
+    times = uniform(path, 4)[name == "euler_maruyama" :]  # which cannot start from pure noise
+    table = build(path, MeanVelocity(), SOLVERS[name](), times, guidance=2.0, clip=clip, device="meta")
     network = CallableNetwork(lambda x, t, s, class_labels: x * (t - s)[:, None, None, None], two_time=True)
     label = torch.zeros(3, dtype=torch.int64, device="meta")
     prepared = network.prepare(Cond(label).joined(Cond(label)), table.times[None])
     noise = PhiloxNoise(torch.zeros(3, dtype=torch.int64, device="meta"))
     x = torch.empty(3, 2, 4, 4, device="meta")
-    states = list(iterate(ClassifierFree(network), x, table, noise, prepared))
+    states = list(iterate(NetworkDenoiser(network), x, table, noise, prepared))
     assert len(states) == len(table.structure.rows)
     assert states[-1].x.shape == x.shape and states[-1].x.is_meta
+
+
+def contracting(x, timestep):
+    return torch.tanh(0.7 * x + timestep[:, None, None, None] / 1000)
+
+
+def test_a_walk_resumes_from_a_saved_state():
+    """Pause after every row, history and noise included, and go on: the same bits."""
+    options = {"sampler": "dpmpp_3m_sde", "path": "linear", "num_inference_steps": 6, "seed": 5}
+    saved = []
+    whole = sample(contracting, (2, 1, 4, 4), **options, callback=lambda i, t, state: saved.append((i + 1, state)))
+    for resume in saved:
+        assert torch.equal(sample(contracting, (2, 1, 4, 4), **options, resume=resume), whole)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "unipc", "dpmpp_2m_sde", "heun", "er_sde", "lcm"])
+def test_inpainting_keeps_the_image_outside_the_mask(name):
+    image = torch.rand(2, 1, 4, 4) * 2 - 1
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[:, :, :2] = 1
+    options = {"sampler": name, "num_inference_steps": 6, "seed": 3, "prediction": "x0"}
+    got = sample(contracting, image.shape, image=image, mask_image=mask, **options)
+    assert torch.allclose(got[:, :, 2:], image[:, :, 2:], atol=1e-6)
+    free = sample(contracting, image.shape, **options)
+    assert torch.allclose(got[:, :, :2], free[:, :, :2], atol=1e-5)  # this network looks at one pixel at a time
+
+
+def test_inpainting_holds_the_forward_process_on_the_way():
+    """Outside the mask the state is the image noised by the noise it started with."""
+    image, noise = torch.rand(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
+    states = []
+    sample(
+        contracting, image.shape, image=image, mask_image=torch.zeros(1, 1, 4, 4), latents=noise, sampler="dpmpp_2m",
+        num_inference_steps=4, prediction="x0", callback=lambda i, t, state: states.append(state.x),
+    )  # fmt: skip
+    for i, x in enumerate(states, start=1):
+        assert torch.allclose(x, image * i / 4 + noise * (1 - i / 4), atol=1e-6)
+
+
+def test_image_to_image_walks_the_last_part():
+    image, told = torch.rand(1, 1, 4, 4), []
+    options = {"num_inference_steps": 10, "sampler": "ddim", "seed": 1}
+    sample(contracting, image.shape, image=image, strength=0.35, **options, callback=lambda i, t, s: told.append(t))
+    assert told == pytest.approx([300, 200, 100])
+    with pytest.raises(PlanError, match="0.05.*allowed: 0.1 to 1"):
+        sample(contracting, image.shape, image=image, strength=0.05, **options)
+    with pytest.raises(PlanError, match="give image"):
+        sample(contracting, image.shape, strength=0.5, **options)
+    with pytest.raises(ShapeError, match="mask_image is"):
+        sample(contracting, image.shape, image=image, mask_image=torch.zeros(1, 1, 2, 2), **options)
+
+
+def test_a_samplers_name_may_carry_options():
+    options = {"shape": (1, 1, 4, 4), "path": "linear", "num_inference_steps": 5, "seed": 1}
+    spelled = sample(contracting, **options, sampler="unipc:order=3,corrector=false,solver_type=bh1")
+    solver = SOLVERS["unipc"](order=3, corrector=False, solver_type="bh1")
+    assert torch.equal(spelled, sample(contracting, **options, sampler=solver))
+    with pytest.raises(PlanError, match="no option 'speed'.*order, corrector"):
+        sample(contracting, **options, sampler="unipc:speed=9")
+    with pytest.raises(PlanError, match="eta is 'loud'"):
+        sample(contracting, **options, sampler="ddim:eta=loud")
 
 
 def test_meta_would_catch_a_host_read():

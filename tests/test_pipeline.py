@@ -165,7 +165,7 @@ def test_the_callback_gets_what_diffusers_gives_it(pipe):
     [
         {"num_inference_steps": 0},
         {"num_inference_steps": 2.0},
-        {"sampler": "euler"},
+        {"sampler": "leapfrog"},
         {"grid": "trailing"},
         {"grid": "uniform", "timesteps": [500]},
         {"timesteps": [100, 200]},

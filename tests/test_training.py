@@ -58,7 +58,7 @@ LEVELS = {  # written a second time here, from the papers
 }
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", LEVELS)  # other paths: test_paths.py
 def test_q_sample_is_the_formula(name):
     path = PATHS[name]()
     u = [0.0, 0.2, 0.5, 0.77, 1.0]

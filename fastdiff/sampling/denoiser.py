@@ -8,7 +8,23 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastdiff.sampling.table import C_IN, C_OUT, C_SKIP, CLIP, RowPlan
+from fastdiff.errors import PlanError, ShapeError
+from fastdiff.sampling.clipping import clipped, thresholded
+from fastdiff.sampling.guidance import Guided, optimal_scale, projected, rescaled
+from fastdiff.sampling.table import (
+    CLIP,
+    GUIDANCE,
+    MOMENTUM,
+    NORM,
+    OPTIMAL,
+    PARALLEL,
+    PROJECTED,
+    RESCALE,
+    TAIL,
+    WEAK_NOISE,
+    RowPlan,
+    Rows,
+)
 
 Prepared = Any  # made by a network's prepare(), read only by that network
 
@@ -19,13 +35,27 @@ class Cond(NamedTuple):
     label: Tensor | None = None  # [B] int64
     extra: dict[str, Tensor] | None = None  # keyword arguments of a network brought by the user, [B, ...] each
 
+    def parts(self) -> dict[str, Tensor]:
+        """What is given, by name."""
+        return dict(self.extra or {}) | ({} if self.label is None else {"label": self.label})
+
     def joined(self, other: Cond) -> Cond:
-        """Join another conditioning behind this one, along the batch."""
-        label = None if self.label is None or other.label is None else torch.cat([self.label, other.label])
-        extra = (
-            {k: torch.cat([v, other.extra[k]]) for k, v in self.extra.items()} if self.extra and other.extra else None
-        )
-        return Cond(label, extra)
+        """Join another conditioning behind this one, along the batch.
+
+        Raises:
+            PlanError: if one holds a part that the other lacks.
+        """
+        lonely = sorted(self.parts().keys() ^ other.parts().keys())
+        if lonely:
+            raise PlanError(f"cond and uncond must hold the same parts; only one of them has {', '.join(lonely)}")
+        both = {name: torch.cat([part, other.parts()[name]]) for name, part in self.parts().items()}
+        return Cond(both.pop("label", None), both or None)
+
+    def check(self, name: str, batch: int) -> None:
+        """Raise ``ShapeError`` unless every part is for ``batch`` images."""
+        for part, value in self.parts().items():
+            if value.dim() == 0 or value.shape[0] != batch:
+                raise ShapeError(f"{name}: {part} is {tuple(value.shape)}; needed: {batch} images first")
 
 
 class Network(Protocol):
@@ -43,13 +73,21 @@ class Network(Protocol):
         """``x [B, C, H, W]``, ``row_index [B]`` int64 -> raw output ``[B, C, H, W]`` (float32)."""
 
 
+class Estimates(NamedTuple):
+    """What one evaluation gives each image, ``[B, C, H, W]`` float32 each."""
+
+    denoised: Tensor  # D after guidance and clipping
+    raw: Tensor  # D before clipping, or the weak estimate where the rule wants the noise from that
+    momentum: Tensor | None  # the register of APG
+
+
 class Denoiser(Protocol):
     """Network, table row and guidance together."""
 
     def __call__(
-        self, x: Tensor, rows: Tensor, row_index: Tensor, plan: RowPlan, prepared: Prepared
-    ) -> tuple[Tensor, Tensor]:
-        """``x [B, C, H, W]``, ``rows [B, K]`` -> ``(D, D before clipping)``, each ``[B, C, H, W]`` float32."""
+        self, x: Tensor, rows: Rows, plan: RowPlan, prepared: Prepared, momentum: Tensor | None = None
+    ) -> Estimates:
+        """``x [B, C, H, W]`` and one row for each image -> estimates; ``momentum`` is the register, if declared."""
 
 
 class CallableNetwork:
@@ -87,29 +125,89 @@ class CallableNetwork:
         return self.fn(x, told[:, 0], **keywords)
 
 
-def column(rows: Tensor, index: int) -> Tensor:
-    """One column of ``rows [B, K]``, ready to multiply images: ``[B, 1, 1, 1]``."""
-    return rows[:, index].view(-1, 1, 1, 1)
-
-
-def estimate(x: Tensor, output: Tensor, rows: Tensor, plan: RowPlan) -> tuple[Tensor, Tensor]:
-    """Turn raw outputs into ``(D, D before clipping)``."""
-    raw = column(rows, C_SKIP) * x + column(rows, C_OUT) * output
-    if not plan.clipped:
-        return raw, raw
-    bound = column(rows, CLIP)
-    return torch.maximum(torch.minimum(raw, bound), -bound), raw
-
-
 class NetworkDenoiser:
-    """The plain denoiser: one network call for each image."""
+    """The denoiser of every run. Rows at which no image is guided run the strong half alone.
 
-    def __init__(self, network: Network):
-        self.network = network
+    Without a ``guide``, ``prepared`` holds the strong places of the batch first, then the weak ones, and a guided row
+    is one call of the network on both. With one, ``prepared`` is a pair, what each network prepared for the batch.
+
+    Args:
+        network: gives the strong estimate.
+        guide: another network of the same path and prediction that gives the weak one (autoguidance).
+
+    Source of the second network: Karras et al. 2024, arXiv:2406.02070, eq. 2.
+    """
+
+    def __init__(self, network: Network, guide: Network | None = None):
+        self.network, self.guide = network, guide
 
     def __call__(
-        self, x: Tensor, rows: Tensor, row_index: Tensor, plan: RowPlan, prepared: Prepared
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, rows: Rows, plan: RowPlan, prepared: Prepared, momentum: Tensor | None = None
+    ) -> Estimates:
         """See ``Denoiser``."""
-        output = self.network(column(rows, C_IN) * x, row_index, prepared)
-        return estimate(x, output, rows, plan)
+        if plan.guided is None:
+            own = prepared if self.guide is None else prepared[0]
+            raw = estimate(x, self.network(rows.c_in * x, rows.row_index, own), rows) if plan.asks else rows.c_skip * x
+            return Estimates(clip(raw, rows, plan), raw, momentum)
+        strong, weak = self._both(rows.c_in * x, rows.row_index, prepared)
+        guided, raw, momentum = mix(x, strong, weak, rows, plan.guided, momentum)
+        return Estimates(clip(guided, rows, plan), raw, momentum)
+
+    def _both(self, scaled: Tensor, row_index: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]:
+        if self.guide is not None:
+            return self.network(scaled, row_index, prepared[0]), self.guide(scaled, row_index, prepared[1])
+        both = self.network(torch.cat([scaled, scaled]), torch.cat([row_index, row_index]), prepared)
+        batch = scaled.shape[0]
+        return both[:batch], both[batch:]  # chunk(2) would fix the batch of an exported graph
+
+
+def column(values: Tensor, index: int) -> Tensor:
+    """One column of ``values [B, K]``, ready to multiply images: ``[B, 1, 1, 1]``."""
+    return values[:, index].view(-1, 1, 1, 1)
+
+
+def estimate(x: Tensor, output: Tensor, rows: Rows) -> Tensor:
+    """Turn raw outputs into estimates of x0, before clipping."""
+    return rows.c_skip * x + rows.c_out * output
+
+
+def clip(raw: Tensor, rows: Rows, plan: RowPlan) -> Tensor:
+    """Keep estimates inside the range of the data, if any image of the batch is to be."""
+    if not plan.clipped:
+        return raw
+    bound = column(rows.values, CLIP)
+    if plan.tail is None:
+        return clipped(raw, bound)
+    return thresholded(raw, bound, column(rows.values, TAIL), plan.tail)
+
+
+def mix(
+    x: Tensor, strong: Tensor, weak: Tensor, rows: Rows, wanted: Guided, momentum: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Mix two outputs ``[B, C, H, W]`` into ``(D, what the register raw gets, momentum)``.
+
+    D is affine in the network's output with coefficients that both share, so outputs are mixed and D is formed once;
+    only APG compares estimates. An image whose numbers do not ask for a formula is left as it is, bit for bit.
+    """
+    values = rows.values
+    scale = column(values, GUIDANCE)
+    if wanted.optimal:
+        weak = weak * torch.where(column(values, OPTIMAL) != 0, optimal_scale(strong, weak), 1)
+    mixed = torch.lerp(weak, strong, scale)
+    if wanted.rescaled:
+        mixed = rescaled(mixed, strong, column(values, RESCALE))
+    denoised = estimate(x, mixed, rows)
+    if wanted.projected:
+        chosen = column(values, PROJECTED) != 0
+        difference = rows.c_out * (strong - weak)
+        if wanted.momentum:
+            assert momentum is not None  # State.start declares it
+            difference = difference + column(values, MOMENTUM) * momentum
+            momentum = torch.where(chosen, difference, momentum)
+        conditional = estimate(x, strong, rows)
+        update = projected(difference, conditional, column(values, NORM), column(values, PARALLEL))
+        denoised = torch.where(chosen, conditional + (scale - 1) * update, denoised)
+    raw = denoised
+    if wanted.weak_noise:
+        raw = torch.where(column(values, WEAK_NOISE) != 0, estimate(x, weak, rows), denoised)
+    return denoised, raw, momentum

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from fastdiff.kernels import REFERENCE, Ops
 from fastdiff.sampling.denoiser import Denoiser, Prepared
 from fastdiff.sampling.noise import Noise
-from fastdiff.sampling.table import DRAW1, DRAW2, FIRST_WEIGHT, OUTPUTS, PUSH, RowPlan, StepTable
+from fastdiff.sampling.table import DRAW1, DRAW2, PUSH, RowPlan, Rows, StepTable, take_apart
 
 
 class State(NamedTuple):
@@ -20,11 +21,12 @@ class State(NamedTuple):
     x: Tensor
     anchor: Tensor
     history: tuple[Tensor, ...]  # newest first
+    momentum: Tensor | None = None  # of guidance, where a table declares it
 
     @staticmethod
-    def start(x: Tensor, history: int) -> State:
+    def start(x: Tensor, history: int, momentum: bool = False) -> State:
         """The state before the first row."""
-        return State(x, x, (torch.zeros_like(x),) * history)
+        return State(x, x, (torch.zeros_like(x),) * history, torch.zeros_like(x) if momentum else None)
 
 
 def advance(
@@ -49,26 +51,28 @@ def advance(
         prepared: made by the network for these places.
         ops: kernels.
     """
-    denoised, raw = denoise(state.x, rows, row_index, plan, prepared)
-    n1, n2 = (
-        noise.draw(rows[:, column].long() + 1, state.x) if wanted and noise is not None else None
-        for column, wanted in zip((DRAW1, DRAW2), plan.draws, strict=True)
-    )
-    registers = (state.x, state.anchor, denoised, raw, n1, n2, *state.history)
-    weights = rows[:, FIRST_WEIGHT:].unflatten(1, (OUTPUTS, len(registers)))
-    moves, pushes = plan.anchor is not None, plan.push is not False
-    wanted = [used for used in (plan.x, plan.anchor, plan.history if pushes else None) if used is not None]
-    # outputs are x, anchor, history in that order; a slice leaves out those nobody asked for, without a copy
-    chosen = slice(0, OUTPUTS if pushes else OUTPUTS - 1, 1 if moves else 2)
-    results = ops.combine(registers, weights[:, chosen], wanted)
+    return _advance(denoise, state, take_apart(rows, row_index, plan), plan, noise, prepared, ops)
+
+
+def _advance(
+    denoise: Denoiser, state: State, rows: Rows, plan: RowPlan, noise: Noise | None, prepared: Prepared, ops: Ops
+) -> State:
+    denoised, raw, momentum = denoise(state.x, rows, plan, prepared, state.momentum)
+    n1 = n2 = None
+    if noise is not None and plan.draws != (False, False):
+        n1, n2 = (
+            noise.draw((rows.values[:, column].long() + 1).expand(len(state.x)), state.x) if wanted else None
+            for column, wanted in zip((DRAW1, DRAW2), plan.draws, strict=True)
+        )
+    results = ops.combine((state.x, state.anchor, denoised, raw, n1, n2, *state.history), rows.weights, rows.active)
     history = state.history
-    if pushes:
+    if plan.push is not False:
         shifted = (results[-1], *history[:-1])
         if plan.push is None:
-            mask = rows[:, PUSH].view(-1, 1, 1, 1) != 0
+            mask = rows.values[:, PUSH].view(-1, 1, 1, 1) != 0
             shifted = tuple(torch.where(mask, new, old) for new, old in zip(shifted, history, strict=True))
         history = shifted
-    return State(results[0], results[1] if moves else results[0], history)
+    return State(results[0], results[0] if plan.anchor is None else results[1], history, momentum)
 
 
 def iterate(
@@ -78,12 +82,16 @@ def iterate(
     noise: Noise | None,
     prepared: Prepared,
     ops: Ops = REFERENCE,
+    first: int = 0,
+    state: State | None = None,
 ) -> Iterator[State]:
-    """Walk one table row by row, the same row for all images; yields the state after each row."""
-    state, batch = State.start(x, table.structure.history), x.shape[0]
-    for i, plan in enumerate(table.structure.rows):
-        rows, row_index = table.values[i].expand(batch, -1), table.index[i].expand(batch)
-        state = advance(denoise, state, rows, row_index, plan, noise, prepared, ops)
+    """Walk one table row by row, the same row for all images; yields the state after each row.
+
+    A walk that was left after ``first`` rows goes on from its ``state``.
+    """
+    state = state or State.start(x, table.structure.history, table.structure.momentum)
+    for plan, rows in islice(table.walk(x.shape[0]), first, None):
+        state = _advance(denoise, state, rows, plan, noise, prepared, ops)
         yield state
 
 

@@ -6,26 +6,29 @@ estimate; then follow the weights of three weighted sums over the registers (``s
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdiff.errors import PlanError
+from fastdiff.sampling.clipping import Clip, DynamicThreshold, bounds
+from fastdiff.sampling.guidance import PLAIN, UNGUIDED, Guided, Rule, any_of, flags
 from fastdiff.sampling.path import Path
 from fastdiff.sampling.prediction import X0, Prediction
 from fastdiff.sampling.solvers.base import Row, Solver, Weights
+from fastdiff.sampling.steering import Interval, Steering, Strength, silent_rows
 
-# Columns before the weights
-C_IN, C_SKIP, C_OUT, C_NOISE, C_NOISE_TO, GUIDANCE, CLIP, PUSH, DRAW1, DRAW2, FIRST_WEIGHT = range(11)
+# Columns before the weights: coefficients, the guidance's numbers, clipping, flags
+C_IN, C_SKIP, C_OUT, C_NOISE, C_NOISE_TO = range(5)
+GUIDANCE, WEAK_NOISE, RESCALE, OPTIMAL, PROJECTED, MOMENTUM, NORM, PARALLEL = range(5, 13)
+CLIP, TAIL, PUSH, DRAW1, DRAW2, FIRST_WEIGHT = range(13, 19)
 # Registers; history follows the last of these, newest first
 REGISTERS = ("x", "anchor", "denoised", "raw", "n1", "n2")
 X, ANCHOR, DENOISED, RAW, N1, N2, FIRST_HISTORY = range(7)
 OUTPUTS = 3  # x, anchor, history
-
-Strength = float | Callable[[float], float]  # guidance, constant or by time
 
 
 class RowPlan(NamedTuple):
@@ -36,9 +39,46 @@ class RowPlan(NamedTuple):
     history: tuple[int, ...]
     push: bool | None  # None: some images of the batch push and others do not
     draws: tuple[bool, bool]
-    guided: bool
+    guided: Guided | None  # None: the strong estimate alone is asked for
     clipped: bool
+    tail: float | None  # largest share of pixels above a dynamic threshold; None: plain clips only
     ends: bool
+    asks: bool = True  # False: the network's output counts for nothing, so it is not asked
+
+    @property
+    def outputs(self) -> slice:
+        """Which of x, anchor, history are computed: a slice leaves out the others without a copy."""
+        return slice(0, OUTPUTS - 1 if self.push is False else OUTPUTS, 2 if self.anchor is None else 1)
+
+    @property
+    def active(self) -> tuple[tuple[int, ...], ...]:
+        """The registers that each computed output reads."""
+        lists = [self.x, self.x if self.anchor is None else self.anchor, self.history]
+        return tuple(lists[self.outputs])
+
+
+class Rows(NamedTuple):
+    """Table rows taken apart: what the loop and the denoiser read of them. One for each image, or one for all."""
+
+    values: Tensor  # [B or 1, K]
+    row_index: Tensor  # [B] int64, where each image stands in its table
+    c_in: Tensor  # [B or 1, 1, 1, 1]
+    c_skip: Tensor
+    c_out: Tensor
+    weights: Tensor  # [B, outputs, registers], the outputs that the plan computes
+    active: tuple[tuple[int, ...], ...]
+
+    def spread(self, batch: int) -> Rows:
+        """One row for all images of a batch. Columns broadcast by themselves; networks and kernels want a row each."""
+        index, weights = self.row_index.expand(batch), self.weights.expand(batch, -1, -1)
+        return Rows(self.values, index, self.c_in, self.c_skip, self.c_out, weights, self.active)
+
+
+def take_apart(values: Tensor, row_index: Tensor, plan: RowPlan) -> Rows:
+    """View ``values [B, K]`` of images that stand at the rows ``row_index [B]`` of their tables as what is read."""
+    c_in, c_skip, c_out = values[:, : C_OUT + 1, None, None, None].unbind(1)
+    weights = values[:, FIRST_WEIGHT:].view(values.shape[0], OUTPUTS, -1)[:, plan.outputs]
+    return Rows(values, row_index, c_in, c_skip, c_out, weights, plan.active)
 
 
 class Structure(NamedTuple):
@@ -47,19 +87,41 @@ class Structure(NamedTuple):
     history: int
     rows: tuple[RowPlan, ...]
     draws: int  # how many draws of noise the rows make, after the initial one
+    momentum: bool = False  # does a row need the register of APG?
 
 
-class StepTable(NamedTuple):
-    """A sampler, ready for the loop."""
+@dataclass(frozen=True)
+class StepTable:
+    """A sampler, ready for the loop.
 
-    values: Tensor  # [R, K] float32, on the device
-    index: Tensor  # [R] int64, 0..R-1 on the device, so that the loop never uploads
+    Args:
+        values: ``[R, K]`` float32, on the device; ``[B, R, K]`` where images are guided by strengths of their own.
+        index: ``[R]`` int64, 0..R-1 on the device, so that the loop never uploads.
+        structure: what the host knows.
+    """
+
+    values: Tensor
+    index: Tensor
     structure: Structure
+    views: tuple[Rows, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Take every row apart now: views follow their table, and making them costs the loop more than using them."""
+        by_row = self.values[:, None] if self.values.dim() == 2 else self.values.transpose(0, 1)
+        index = self.index[:, None].expand(-1, by_row.shape[1])
+        rows = zip(by_row, index, self.structure.rows, strict=True)
+        object.__setattr__(self, "views", tuple(take_apart(*row) for row in rows))
 
     @property
     def times(self) -> Tensor:
-        """What the network is told, ``[R, 2]``: ``(c_noise, c_noise_to)``."""
-        return self.values[:, C_NOISE : C_NOISE_TO + 1]
+        """What the network is told, ``[R, 2]``: ``(c_noise, c_noise_to)``, the same for all images."""
+        values = self.values if self.values.dim() == 2 else self.values[0]
+        return values[:, C_NOISE : C_NOISE_TO + 1]
+
+    def walk(self, batch: int) -> Iterator[tuple[RowPlan, Rows]]:
+        """Each row's plan, and its numbers for a batch that stands there together."""
+        for plan, rows in zip(self.structure.rows, self.views, strict=True):
+            yield plan, rows if rows.weights.shape[0] == batch else rows.spread(batch)
 
 
 def merge(plans: Sequence[RowPlan]) -> RowPlan:
@@ -79,9 +141,11 @@ def merge(plans: Sequence[RowPlan]) -> RowPlan:
         history=union([plan.history for plan in plans]),
         push=pushes.pop() if len(pushes) == 1 else None,
         draws=(any(plan.draws[0] for plan in plans), any(plan.draws[1] for plan in plans)),
-        guided=any(plan.guided for plan in plans),
+        guided=any_of([plan.guided for plan in plans if plan.guided is not None]),
         clipped=any(plan.clipped for plan in plans),
+        tail=max((plan.tail for plan in plans if plan.tail is not None), default=None),
         ends=any(plan.ends for plan in plans),
+        asks=any(plan.asks for plan in plans),
     )
 
 
@@ -101,8 +165,11 @@ def build(
     solver: Solver,
     times: Sequence[float],
     *,
-    guidance: Strength = 1.0,
-    clip: float | None = None,
+    guidance: Strength | Sequence[Strength] = 1.0,
+    rule: Rule = PLAIN,
+    rescale: float = 0.0,
+    interval: Interval | None = None,
+    clip: Clip | None = None,
     history: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -114,8 +181,11 @@ def build(
         prediction: what the network predicts.
         solver: how to step.
         times: from a grid, falling strictly.
-        guidance: strength of classifier-free guidance, a number or a function of time; 1 means none.
-        clip: bound of the denoised estimate, or None.
+        guidance: strength, a number or a function of time, or one of these for each image; 1 means none.
+        rule: how a guided row mixes its estimates.
+        rescale: share of CFG's mixture that is brought back to the conditional output's contrast, 0 to 1.
+        interval: noise levels ``sigma / alpha`` at which to guide, above the first and up to the second; None: all.
+        clip: bound of the denoised estimate, a dynamic threshold, or None.
         history: registers to provide, at least what the solver needs (a batch of mixed samplers shares one number).
         device: where the loop will run.
         dtype: of the table; float64 is for measuring a solver, not for speed.
@@ -123,35 +193,40 @@ def build(
     Raises:
         PlanError: if the parts do not fit one another. Nothing is clamped in silence.
     """
-    if solver.jumps and not (prediction.two_time or isinstance(prediction, X0)):
+    if solver.jumps and not (prediction.jumps or isinstance(prediction, X0)):
         raise PlanError(
-            f"{type(solver).__name__} needs a network that jumps (mean_velocity, direct_map, or a consistency network "
-            f"as x0); this one predicts {type(prediction).__name__}: use 'ddim' or 'dpmpp_2m'"
+            f"{type(solver).__name__} needs a network that jumps (mean_velocity, direct_map, consistency, lcm, scm, "
+            f"or one that jumps to x0); this one predicts {type(prediction).__name__}: use 'ddim' or 'dpmpp_2m'"
         )
-    if clip is not None and not (math.isfinite(clip) and clip > 0):
-        raise PlanError(f"clip is {clip!r}; allowed: a finite number above 0, or none")
     size = solver.history if history is None else history
     if size < solver.history:
         raise PlanError(f"history is {size}; {type(solver).__name__} needs {solver.history}")
     rows = solver.rows(path, times)
-    values, plans = [], []
-    for row in rows:
-        strength = guidance(row.t) if callable(guidance) else guidance
-        if not math.isfinite(strength):
-            raise PlanError(f"guidance_scale is {strength!r} at t={row.t}; allowed: a finite number")
-        values.append(_values(path, prediction, row, float(strength), clip, size))
-        plans.append(_plan(row, float(strength), clip, size))
-    tensor = torch.tensor(values, dtype=torch.float64)
-    if not bool(torch.isfinite(tensor.float()[:, FIRST_WEIGHT:]).all()):
+    silent = silent_rows(path, prediction, rows, rule)
+    steering = Steering.checked(guidance, rule, rescale, interval)
+    guided = steering.over(path, solver, rows, silent)
+    base = torch.tensor(
+        [_values(path, prediction, row, mute, clip, size) for row, mute in zip(rows, silent, strict=True)],
+        dtype=torch.float64,
+    )
+    if not bool(torch.isfinite(base.float()[:, FIRST_WEIGHT:]).all()):
         raise PlanError(f"{type(solver).__name__} has no finite weights on times {list(times)[:4]}...")
+    values = base.repeat(len(guided), 1, 1)
+    guidances = [[numbers or UNGUIDED for numbers in image] for image in guided]
+    values[..., GUIDANCE:CLIP] = torch.tensor(guidances, dtype=torch.float64)
+    plans = [
+        _plan(row, any_of([flags(numbers) for numbers in images if numbers]), mute, clip, size)
+        for row, images, mute in zip(rows, zip(*guided, strict=True), silent, strict=True)
+    ]
     index = torch.arange(len(rows), device=device)
     draws = 1 + max((draw for row in rows for draw in row.draws if draw is not None), default=-1)
-    return StepTable(tensor.to(device, dtype), index, Structure(size, tuple(plans), draws))
+    momentum = any(plan.guided is not None and plan.guided.momentum for plan in plans)
+    if not isinstance(guidance, Sequence):
+        values = values[0]
+    return StepTable(values.to(device, dtype), index, Structure(size, tuple(plans), draws, momentum))
 
 
-def _values(
-    path: Path, prediction: Prediction, row: Row, guidance: float, clip: float | None, history: int
-) -> list[float]:
+def _values(path: Path, prediction: Prediction, row: Row, mute: bool, clip: Clip | None, history: int) -> list[float]:
     def dense(weights: Weights) -> list[float]:
         line = [0.0] * (FIRST_HISTORY + history)
         for name, weight in weights.items():
@@ -159,13 +234,15 @@ def _values(
         return line
 
     coefficients = prediction.coefficients(path, row.t, row.s)
+    if mute:
+        coefficients = coefficients._replace(c_out=0.0)
     to_anchor = row.to_x if row.to_anchor is None else row.to_anchor
-    draws = [float(draw or 0) for draw in row.draws]
-    flags = [guidance, clip or math.inf, 0.0 if row.to_history is None else 1.0, *draws]
-    return [*coefficients, *flags, *dense(row.to_x), *dense(to_anchor), *dense(row.to_history or {})]
+    pushes, draws = 0.0 if row.to_history is None else 1.0, [float(draw or 0) for draw in row.draws]
+    line = [*coefficients, *UNGUIDED, *bounds(clip), pushes, *draws]
+    return [*line, *dense(row.to_x), *dense(to_anchor), *dense(row.to_history or {})]
 
 
-def _plan(row: Row, guidance: float, clip: float | None, history: int) -> RowPlan:
+def _plan(row: Row, guided: Guided | None, mute: bool, clip: Clip | None, history: int) -> RowPlan:
     def used(weights: Weights) -> tuple[int, ...]:
         return tuple(sorted(register(name, history) for name, weight in weights.items() if weight != 0))
 
@@ -175,7 +252,9 @@ def _plan(row: Row, guidance: float, clip: float | None, history: int) -> RowPla
         history=used(row.to_history or {}),
         push=row.to_history is not None,
         draws=(row.draws[0] is not None, row.draws[1] is not None),
-        guided=guidance != 1.0,
+        guided=guided,
         clipped=clip is not None,
+        tail=bounds(clip)[1] if isinstance(clip, DynamicThreshold) else None,
         ends=row.ends,
+        asks=not mute,
     )

@@ -70,6 +70,21 @@ def ddim_weights(path: Path, t: float, s: float, eta: float = 0.0) -> dict[str, 
     return {"x": kept, "denoised": alpha_s - kept * alpha_t, "n1": fresh}
 
 
+def renoised_weights(path: Path, t: float, landing: float, s: float) -> dict[str, float]:
+    """Weights of a first-order step from ``t`` down to ``landing``, whose result is noised again up to ``s``.
+
+    Args:
+        path: maps time to ``(alpha, sigma)``.
+        t: current time.
+        landing: below ``s``.
+        s: next time.
+    """
+    (alpha_l, sigma_l), (alpha_s, sigma_s) = path.alpha_sigma(landing), path.alpha_sigma(s)
+    back = alpha_s / alpha_l
+    weights = {name: back * value for name, value in ddim_weights(path, t, landing).items()}
+    return weights | {"n1": math.sqrt(max(sigma_s**2 - (back * sigma_l) ** 2, 0.0))}
+
+
 def ancestral_noise(path: Path, t: float, s: float) -> float:
     """Standard deviation of ``q(x_s | x_t, x0)``. Source: Ho et al. 2020, arXiv:2006.11239, eq. 7."""
     alpha_t, sigma_t = path.alpha_sigma(t)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from fastdiff.errors import PlanError
@@ -23,9 +23,9 @@ class DDIM:
 
     eta: float = 0.0
     keep_noise: bool = False
-    order: int = 1
-    history: int = 0
-    jumps: bool = False
+    order: int = field(default=1, init=False)
+    history: int = field(default=0, init=False)
+    jumps: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
@@ -42,3 +42,11 @@ class DDIM:
             weights["raw"] = weights["denoised"] - alpha_s
             weights["denoised"] = alpha_s
         return Row(t, t, weights, draws=(i if "n1" in weights else None, None))
+
+
+def euler_ancestral(eta: float = 1.0) -> DDIM:
+    """Euler with ancestral noise: on every path the DDIM step with ``eta``, here 1 unless given.
+
+    Source: Karras et al. 2022, k-diffusion's ``sample_euler_ancestral``, whose step is eq. 12 of arXiv:2010.02502.
+    """
+    return DDIM(eta)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from fastdiff.errors import PlanError
@@ -21,9 +21,9 @@ class DDPM:
     """
 
     variance: str = "fixed_small"
-    order: int = 1
-    history: int = 0
-    jumps: bool = False
+    order: int = field(default=1, init=False)
+    history: int = field(default=0, init=False)
+    jumps: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if self.variance not in ("fixed_small", "fixed_large"):

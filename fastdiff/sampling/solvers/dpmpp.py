@@ -1,39 +1,73 @@
-"""DPM-Solver++: multistep of second order, and the two-stage stochastic single-step form."""
+"""DPM-Solver and DPM-Solver++: multistep, for the ODE and the SDE, and the two-stage stochastic form."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from fastdiff.errors import PlanError
 from fastdiff.sampling.path import Path, log_snr
-from fastdiff.sampling.prediction import first_order
 from fastdiff.sampling.solvers.base import Row, Weights, ddim_weights, log_snr_step
+from fastdiff.sampling.solvers.exponential import Form
+from fastdiff.sampling.solvers.multistep import Multistep
 
 
-@dataclass(frozen=True)
-class DPMpp2M:
-    """DPM-Solver++(2M). The first step, and steps that touch pure noise or clean data, are of first order.
+def solver_form(predicts: str, solver_type: str, compat: str | None = None) -> Form:
+    """The form of a DPM-Solver, by diffusers' ``solver_type``: ``"midpoint"`` or ``"heun"`` (the exact integral)."""
+    if solver_type not in ("midpoint", "heun"):
+        raise PlanError(f"solver_type is {solver_type!r}; allowed: 'midpoint', 'heun'")
+    if compat not in (None, "diffusers"):
+        raise PlanError(f"compat is {compat!r}; allowed: 'diffusers', or none")
+    single = "midpoint" if solver_type == "midpoint" else "exact"
+    return Form(predicts, "log_snr", single, halved_quadratic=compat is not None)
 
-    Source: Lu et al. 2022, arXiv:2211.01095, algorithm 2.
+
+def dpmpp_2m(solver_type: str = "midpoint", lower_final: str = "never") -> Multistep:
+    """DPM-Solver++(2M). Source: Lu et al. 2022, arXiv:2211.01095, algorithm 2."""
+    return Multistep(2, form=solver_form("data", solver_type), lower_final=lower_final)
+
+
+def dpmpp_3m(lower_final: str = "never", compat: str | None = None) -> Multistep:
+    """DPM-Solver++(3M), of order 3. ``compat="diffusers"`` halves the square's integral as their code does (order 2).
+
+    Source: Lu et al. 2022, arXiv:2211.01095, sec. 4.1, with a quadratic.
     """
+    return Multistep(3, form=solver_form("data", "midpoint", compat), lower_final=lower_final)
 
-    order: int = 2
-    history: int = 1
-    jumps: bool = False
 
-    def rows(self, path: Path, times: Sequence[float]) -> tuple[Row, ...]:
-        rows, previous = [], math.inf
-        for t, s in pairwise(times):
-            r, m = first_order(path, t, s)
-            h = log_snr_step(path, t, s)
-            c = 0.5 * h / previous if math.isfinite(h) and math.isfinite(previous) else 0.0
-            weights = {"x": r, "denoised": m * (1 + c)} | ({"h1": -m * c} if c else {})
-            rows.append(Row(t, t, weights, to_history={"denoised": 1.0}))
-            previous = h
-        return tuple(rows)
+def dpm_2m(solver_type: str = "midpoint", lower_final: str = "never") -> Multistep:
+    """DPM-Solver multistep of order 2, on the noise estimate. Source: Lu et al. 2022, arXiv:2206.00927."""
+    return Multistep(2, form=solver_form("noise", solver_type), lower_final=lower_final)
+
+
+def dpm_3m(lower_final: str = "never", compat: str | None = None) -> Multistep:
+    """DPM-Solver multistep of order 3, on the noise estimate. Source: Lu et al. 2022, arXiv:2206.00927."""
+    return Multistep(3, form=solver_form("noise", "midpoint", compat), lower_final=lower_final)
+
+
+def dpmpp_2m_sde(eta: float = 1.0, solver_type: str = "midpoint", lower_final: str = "never") -> Multistep:
+    """SDE-DPM-Solver++(2M); ``eta = 0`` is 2M. Source: Lu et al. 2022, arXiv:2211.01095, sec. 5; eta as k-diffusion."""
+    return Multistep(2, 0, solver_form("data", solver_type), eta, lower_final)
+
+
+def dpmpp_3m_sde(eta: float = 1.0, lower_final: str = "never", compat: str | None = None) -> Multistep:
+    """SDE-DPM-Solver++ with three estimates; ``eta = 0`` is 3M. Source: as ``dpmpp_2m_sde``."""
+    return Multistep(3, 0, solver_form("data", "midpoint", compat), eta, lower_final)
+
+
+def dpm_2m_sde(solver_type: str = "midpoint", lower_final: str = "never") -> Multistep:
+    """SDE-DPM-Solver multistep on the noise estimate. Source: Lu et al. 2022, arXiv:2211.01095, sec. 5."""
+    return Multistep(2, 0, solver_form("noise", solver_type), 1.0, lower_final)
+
+
+def res_multistep(order: int = 2) -> Multistep:
+    """Exponential Adams with exact integrals of the data estimate (the field's ``res_multistep``).
+
+    Source: Hochbruck and Ostermann 2010, "Exponential integrators", sec. 2.5; Zhang et al. 2023, arXiv:2308.02157.
+    """
+    return Multistep(order, form=Form("data", "log_snr"))
 
 
 @dataclass(frozen=True)
@@ -47,13 +81,16 @@ class DPMppSDE:
     """
 
     eta: float = 1.0
-    order: int = 2
-    history: int = 0
-    jumps: bool = False
+    history: int = field(default=0, init=False)
+    jumps: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
             raise PlanError(f"eta is {self.eta!r}; allowed: 0 to 1")
+
+    @property
+    def order(self) -> int:
+        return 2 if self.eta == 0 else 1
 
     def rows(self, path: Path, times: Sequence[float]) -> tuple[Row, ...]:
         rows: list[Row] = []

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from fastdiff.errors import PlanError
 from fastdiff.sampling.path import Path, log_snr
-from fastdiff.sampling.solvers.base import Row, ddim_weights
+from fastdiff.sampling.solvers.base import Row, ddim_weights, renoised_weights
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class FlowMap:
     """
 
     gamma: float = 0.0
-    order: int = 1
-    history: int = 0
-    jumps: bool = True
+    order: int = field(default=1, init=False)
+    history: int = field(default=0, init=False)
+    jumps: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.gamma <= 1:
@@ -38,14 +38,9 @@ class FlowMap:
         return tuple(self._row(path, i, t, s) for i, (t, s) in enumerate(pairwise(times)))
 
     def _row(self, path: Path, i: int, t: float, s: float) -> Row:
-        alpha_s, sigma_s = path.alpha_sigma(s)
-        if self.gamma == 0 or sigma_s == 0:
+        if self.gamma == 0 or path.alpha_sigma(s)[1] == 0:
             return Row(t, s, ddim_weights(path, t, s))
         landing = path.t_end
         if self.gamma < 1:
             landing = path.time(log_snr(path, s) - 0.5 * math.log1p(-(self.gamma**2)))
-        alpha_l, sigma_l = path.alpha_sigma(landing)
-        back = alpha_s / alpha_l
-        weights = {name: back * value for name, value in ddim_weights(path, t, landing).items()}
-        weights["n1"] = math.sqrt(max(sigma_s**2 - (back * sigma_l) ** 2, 0.0))
-        return Row(t, landing, weights, draws=(i, None))
+        return Row(t, landing, renoised_weights(path, t, landing, s), draws=(i, None))

@@ -1,0 +1,55 @@
+"""One line of a check: what was measured, the bound, and whether it holds."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Bar(NamedTuple):
+    """One line of the result."""
+
+    bar: str
+    value: Any
+    bound: str
+    ok: bool
+
+
+def _number(value: float) -> float | str:
+    """Six digits; infinity as a word, since JSON has no number for it."""
+    return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+
+
+def at_most(name: str, value: float, bound: float) -> Bar:
+    """A bar that is met from below."""
+    return Bar(name, _number(value), f"<= {bound:g}", value <= bound)
+
+
+def at_least(name: str, value: float, bound: float) -> Bar:
+    """A bar that is met from above."""
+    return Bar(name, _number(value), f">= {bound:g}", value >= bound)
+
+
+def suite(name: str, *arguments: str) -> Bar:
+    """A part of the test suite that must pass, and must run at least one test."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+    return Bar(name, last, "all pass", done.returncode == 0 and " passed" in last and "skipped" not in last)
+
+
+def show(bars: Iterable[Bar]) -> int:
+    """Print every bar as it is measured, one JSON line each; return 1 if any falls short, else 0."""
+    short = 0
+    for bar in bars:
+        print(json.dumps(bar._asdict()), flush=True)
+        short += not bar.ok
+    return 1 if short else 0

@@ -1,0 +1,1 @@
+"""fastdiff beside other libraries: their settings read, none of them imported."""
