@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastdiff.benchmarks import accuracy, host_cost, moments, orders
-from fastdiff.benchmarks.bars import Bar, at_least, at_most, show
+from fastdiff.benchmarks.bars import Bar, at_least, at_most, show, suite
 from fastdiff.benchmarks.environment import environment, write_json
 from fastdiff.benchmarks.variants import variants
 from fastdiff.sampling.path import RectifiedFlow, linear_betas
@@ -100,7 +100,26 @@ def host_bars(quick: bool, details: Details) -> Iterator[Bar]:
         yield Bar(f"host cost of diffusers' {scheduler}", round(cost.diffusers, 2), "for comparison", True)
 
 
-FAMILIES = {"host": host_bars, "orders": order_bars, "moments": moment_bars, "accuracy": accuracy_bars}
+def test_bars(quick: bool, details: Details) -> Iterator[Bar]:
+    """What is proven by tests: parity with diffusers, identities, mixed batches, refusals."""
+    yield suite("parity with diffusers' schedulers over their settings", "tests/test_diffusers_schedulers.py",
+                "tests/test_parity_diffusers.py")  # fmt: skip
+    yield suite("identities between solvers, wrong options refused", "tests/test_solvers.py")
+    yield suite(
+        "any samplers in one batch equal each alone", "tests/test_register_machine.py", "tests/test_guidance.py"
+    )
+    yield suite("no host reads; inpainting, image to image, resume", "tests/test_loop.py")
+    yield suite("paths, predictions and grids", "tests/test_paths.py", "tests/test_predictions.py",
+                "tests/test_grids.py")  # fmt: skip
+
+
+FAMILIES = {
+    "tests": test_bars,
+    "host": host_bars,
+    "orders": order_bars,
+    "moments": moment_bars,
+    "accuracy": accuracy_bars,
+}
 
 
 def main() -> int:
