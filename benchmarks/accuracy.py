@@ -228,24 +228,28 @@ def our_scores(problem: Problem, solvers: Sequence[Variant], kept: int = KEPT) -
 # --- all of them ----------------------------------------------------------------------------------------------------
 
 
-def peer_scores(problem: Problem, peers: Iterator[Peer]) -> Iterator[Score]:
-    """Every peer at every budget. What a library refuses to run is left out."""
+def peer_scores(problem: Problem, peers: Iterator[Peer], refused: list[str]) -> Iterator[Score]:
+    """Every peer at every budget. What a library cannot run is left out, and why is added to ``refused``.
+
+    Their schedulers end some settings with errors of these kinds; a reader of ``refused`` sees whether it was they.
+    """
     for peer in peers:
         for budget in BUDGETS:
             try:
                 done = peer.run(problem.denoised, problem.first, budget)
-            except (ValueError, NotImplementedError, IndexError, ZeroDivisionError):
+            except (ValueError, NotImplementedError, IndexError, ZeroDivisionError) as error:
+                refused.append(f"{peer.library} {peer.label}, {budget} calls: {type(error).__name__}: {error}"[:200])
                 continue
             if done:
                 yield Score(peer.library, peer.label, budget, done.calls, problem.error(done.x))
 
 
-def scores(problem: Problem, *, kept: int = KEPT) -> list[Score]:
-    """Every sampler of every library at every budget."""
+def scores(problem: Problem, refused: list[str], *, kept: int = KEPT) -> list[Score]:
+    """Every sampler of every library at every budget; what a peer cannot run is added to ``refused``."""
     return [
         *our_scores(problem, distinct(variants(noise=False)), kept),
-        *peer_scores(problem, diffusers_peers(problem.kind)),
-        *peer_scores(problem, k_diffusion_peers(problem.sigma_max)),
+        *peer_scores(problem, diffusers_peers(problem.kind), refused),
+        *peer_scores(problem, k_diffusion_peers(problem.sigma_max), refused),
     ]
 
 

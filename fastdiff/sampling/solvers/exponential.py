@@ -161,16 +161,17 @@ def differences(
     form: Form, path: Path, t: float, s: float, others: Sequence[float], eta: float = 0.0
 ) -> tuple[float, ...]:
     """Weights of ``estimate(other) - estimate(t)`` that make the step exact for polynomials through all of them."""
-    if len(others) == 1 and others[0] == s and form.single == "midpoint":
-        return (0.5 * _first_order(form, path, t, s, eta)[1],)
-    span = _variable(form, path, s) - _variable(form, path, t)
-    places = np.array([(_variable(form, path, other) - _variable(form, path, t)) / span for other in others])
-    moments = _moments(form, path, t, s, eta, len(places))
+    first, last = _variable(form, path, t), _variable(form, path, s)
+    # the end is at 1 by definition, also from pure noise, where the variable is infinite
+    places = np.array(
+        [1.0 if other == s else (_variable(form, path, other) - first) / (last - first) for other in others]
+    )
     if len(places) == 1 and form.single != "exact":
         h = log_snr_step(path, t, s)
         scale = path.alpha_sigma(s)[0] if form.predicts == "data" else -path.alpha_sigma(s)[1]
         whole = _first_order(form, path, t, s, eta)[1] if form.single == "midpoint" else scale * (1 + eta) * h
         return (float(0.5 * whole / places[0]),)
+    moments = _moments(form, path, t, s, eta, len(places))
     if form.halved_quadratic and len(places) == 2:
         moments[1] *= 0.5
     if len(places) == 2:
