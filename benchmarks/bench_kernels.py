@@ -21,7 +21,7 @@ from fastdiff.benchmarks.environment import (
     synchronize,
     timed_ms,
 )
-from fastdiff.kernels import REFERENCE, Ops, triton_ops
+from fastdiff.kernels import REFERENCE, Ops, Sums, triton_ops
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -81,7 +81,7 @@ def combine_case(shape: str) -> Case:
     def build(dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Any, ...]:
         draw = _draws(dtype, device, seed)
         x, denoised, past = (draw(*size) for _ in range(3))
-        return [x, x, denoised, denoised, None, None, past], draw(size[0], 2, 7), [(0, 2, 6), (2,)]
+        return [x, x, denoised, denoised, None, None, past], Sums.of(draw(size[0], 2, 7), [(0, 2, 6), (2,)])
 
     return Case("combine", shape, FLOAT, build, 5 * torch.Size(size).numel())
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import reference
+from .sums import Sums
 
 
 class Ops(NamedTuple):
@@ -37,4 +38,4 @@ def triton_ops() -> Ops:
     return Ops(group_norm_silu, attention, combine)
 
 
-__all__ = ["REFERENCE", "Ops", "triton_ops"]
+__all__ = ["REFERENCE", "Ops", "Sums", "triton_ops"]

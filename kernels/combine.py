@@ -1,6 +1,6 @@
 # Fused table-row update: every output of one network evaluation in one pass over the registers.
 #
-# Shapes   registers, outputs [B, C, H, W] float32, one memory layout for all; weights [B, outputs, R]
+# Shapes   registers, outputs [B, C, H, W] float32, one memory layout for all; weights [B or 1, outputs, R]
 #          float32, any strides.
 # Grid     (B * ceil(C*H*W / BLOCK)): a program holds one BLOCK of one image, so its weights are scalars.
 # Passes   one: each register that any output lists is read once, each output written once.
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastdiff.errors import ShapeError
 
+from .sums import Sums
 from .tiles import CombineTile, chip_of, lookup
 
 
@@ -58,7 +59,8 @@ def _combine_kernel(
 INTERPRETED = not isinstance(_combine_kernel, triton.JITFunction)
 
 
-def _check(registers: Sequence[Tensor | None], weights: Tensor, active: Sequence[Sequence[int]]) -> list[Tensor]:
+def _check(registers: Sequence[Tensor | None], sums: Sums) -> list[Tensor]:
+    weights, active = sums.weights, sums.active
     present = [r for r in registers if r is not None]
     if not present:
         raise ShapeError("combine: every register is None; allowed: at least one [B, C, H, W] tensor")
@@ -70,9 +72,9 @@ def _check(registers: Sequence[Tensor | None], weights: Tensor, active: Sequence
             received = f"{tuple(register.shape)} {register.dtype}"
             raise ShapeError(f"combine: register {received}; allowed: {tuple(like.shape)} torch.float32")
     expected = (like.shape[0], len(active), len(registers))
-    if tuple(weights.shape) != expected or weights.dtype != torch.float32:
+    if tuple(weights.shape) not in (expected, (1, *expected[1:])) or weights.dtype != torch.float32:
         received = f"{tuple(weights.shape)} {weights.dtype}"
-        raise ShapeError(f"combine: weights {received}; allowed: {expected} torch.float32")
+        raise ShapeError(f"combine: weights {received}; allowed: {expected} torch.float32, or one row for all")
     for index in {index for used in active for index in used}:
         if not 0 <= index < len(registers) or registers[index] is None:
             allowed = [i for i, register in enumerate(registers) if register is not None]
@@ -80,16 +82,15 @@ def _check(registers: Sequence[Tensor | None], weights: Tensor, active: Sequence
     return present
 
 
-def combine(registers: Sequence[Tensor | None], weights: Tensor, active: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-    """Weighted sums of registers, one set of weights for each image.
+def combine(registers: Sequence[Tensor | None], sums: Sums) -> tuple[Tensor, ...]:
+    """Weighted sums of registers, one set of weights for each image or one for all.
 
     The outputs take the layout (contiguous or channels-last) of the first register that is not None; a
     register in another layout is copied first, which costs one more pass over it.
 
     Args:
         registers: each ``[B, C, H, W]`` float32, or None where no output lists it.
-        weights: ``[B, outputs, len(registers)]`` float32, any strides.
-        active: for each output, the indices of the registers that any image of the batch uses.
+        sums: weights and lists of what is read.
 
     Returns:
         One ``[B, C, H, W]`` float32 for each output; an output that lists no register is zero.
@@ -98,7 +99,8 @@ def combine(registers: Sequence[Tensor | None], weights: Tensor, active: Sequenc
         ShapeError: if a shape, dtype or index does not fit.
         BackendError: if the device cannot run Triton, or an input requires grad.
     """
-    present = _check(registers, weights, active)
+    present = _check(registers, sums)
+    weights, active = sums.weights, sums.active
     chip = chip_of("combine", (*present, weights), interpreted=INTERPRETED)
     tile = cast(CombineTile, lookup("combine", "any", torch.float32, chip.architecture))
 
@@ -114,9 +116,10 @@ def combine(registers: Sequence[Tensor | None], weights: Tensor, active: Sequenc
     elements = like[0].numel()
     blocks = triton.cdiv(elements, tile.elements)
     places = tuple(tuple(columns.index(index) for index in used) for used in active)
+    by_image = weights.stride(0) if weights.shape[0] == like.shape[0] else 0
     with torch.cuda.device_of(like):
         _combine_kernel[(like.shape[0] * blocks,)](
-            inputs, outputs, weights, elements, blocks, *weights.stride(),
+            inputs, outputs, weights, elements, blocks, by_image, *weights.stride()[1:],
             COLUMNS=columns, ACTIVE=places, BLOCK=tile.elements, num_warps=tile.warps, enable_fp_fusion=True,
         )  # fmt: skip
     return outputs

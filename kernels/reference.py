@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .sums import Sums
+
 
 def group_norm_silu(
     x: Tensor,
@@ -61,27 +63,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def combine(registers: Sequence[Tensor | None], weights: Tensor, active: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-    """Weighted sums of registers, one set of weights for each image.
+def combine(registers: Sequence[Tensor | None], sums: Sums) -> tuple[Tensor, ...]:
+    """Weighted sums of registers.
 
     A zero weight never multiplies what it leaves out: a register that holds NaN or infinity at an image whose
     weight is 0 does not reach that image's result.
 
     Args:
         registers: each ``[B, C, H, W]`` float32, or None where no output lists it.
-        weights: ``[B, outputs, len(registers)]`` float32.
-        active: for each output, the indices of the registers that any image of the batch uses.
+        sums: weights and lists of what is read.
 
     Returns:
         One ``[B, C, H, W]`` for each output; an output that lists no register is zero.
     """
-    like = next(r for r in registers if r is not None)
     results = []
-    for output, used in enumerate(active):
+    for terms in sums.terms:
         total = None
-        for index in used:
-            weight = weights[:, output, index].view(-1, 1, 1, 1)
-            term = torch.where(weight == 0, 0, weight * registers[index])
+        for index, weight in terms:
+            term = weight * registers[index]
+            if sums.mixed:
+                term = torch.where(weight == 0, 0, term)
             total = term if total is None else total + term
-        results.append(torch.zeros_like(like) if total is None else total)
+        if total is None:
+            total = torch.zeros_like(next(r for r in registers if r is not None))
+        results.append(total)
     return tuple(results)

@@ -20,10 +20,10 @@ pytest.importorskip("triton")
 from tolerances import assert_no_worse_than  # noqa: E402
 
 from fastdiff.errors import BackendError, ShapeError  # noqa: E402
+from fastdiff.kernels import Sums, reference  # noqa: E402
 from fastdiff.kernels import attention as attention_module  # noqa: E402
 from fastdiff.kernels import combine as combine_module  # noqa: E402
 from fastdiff.kernels import group_norm_silu as norm_module  # noqa: E402
-from fastdiff.kernels import reference  # noqa: E402
 from fastdiff.kernels.tiles import TILES, Chip, chip_of, lookup  # noqa: E402
 
 # Interpreted code runs in numpy, which warns of the overflow in exp(-y) that makes SiLU 0, and of 0 * nan.
@@ -201,9 +201,9 @@ def test_combine_is_as_accurate_as_torch(shape, channels_last, draw):
     registers = [draw(*shape).contiguous(memory_format=layout) if i not in (2, 4) else None for i in range(6)]
     registers[5] = draw(*shape)  # one that may lie otherwise
     weights = draw(shape[0], 30)[:, 2:26].view(shape[0], 4, 6)  # a part of a wider table row
-    fused = combine_module.combine(registers, weights, ACTIVE)
-    plain = reference.combine(registers, weights, ACTIVE)
-    truth = reference.combine([double(r) for r in registers], weights.double(), ACTIVE)
+    fused = combine_module.combine(registers, Sums.of(weights, ACTIVE))
+    plain = reference.combine(registers, Sums.of(weights, ACTIVE))
+    truth = reference.combine([double(r) for r in registers], Sums.of(weights.double(), ACTIVE))
     for results in zip(fused, plain, truth, strict=True):
         assert_no_worse_than(*results)
         assert results[0].is_contiguous(memory_format=layout)
@@ -217,22 +217,30 @@ def test_combine_keeps_out_what_a_zero_weight_leaves_out(stale, draw):
     weights[0, :, 1] = 0.0  # nobody reads it
     registers[2][1] = stale
     weights[1, 0, 2] = -0.0  # one output reads it, the other does not
-    fused = combine_module.combine([*registers, None], torch.nn.functional.pad(weights, (0, 1)), [(0, 1, 2), (1, 2)])
+    fused = combine_module.combine([*registers, None], Sums.of(torch.nn.functional.pad(weights, (0, 1)), [(0, 1, 2), (1, 2)]))
     for output in range(2):
         kept = [n for n in range(3) if (n, output) != (1, 1)]
         assert fused[output][kept].isfinite().all()
     assert not fused[1][1].isfinite().any()
-    plain = reference.combine(registers, weights, [(0, 1, 2), (1, 2)])
+    plain = reference.combine(registers, Sums.of(weights, [(0, 1, 2), (1, 2)]))
     torch.testing.assert_close(fused, plain, equal_nan=True)
 
 
 def test_combine_repeats_bit_for_bit_in_any_batch(draw):
     registers, weights = [draw(3, 4, 20, 20) for _ in range(6)], draw(3, 4, 6)
-    together = combine_module.combine(registers, weights, ACTIVE)
-    again = combine_module.combine(registers, weights, ACTIVE)
-    alone = combine_module.combine([r[2:] for r in registers], weights[2:], ACTIVE)
+    together = combine_module.combine(registers, Sums.of(weights, ACTIVE))
+    again = combine_module.combine(registers, Sums.of(weights, ACTIVE))
+    alone = combine_module.combine([r[2:] for r in registers], Sums.of(weights[2:], ACTIVE))
     for one, two, three in zip(together, again, alone, strict=True):
         assert torch.equal(one, two) and torch.equal(one[2:], three)
+
+
+def test_combine_takes_one_row_for_all_images(draw):
+    registers, row = [draw(3, 4, 20, 20) for _ in range(6)], draw(1, 4, 6)
+    for ops in (combine_module, reference):
+        shared = ops.combine(registers, Sums.of(row, ACTIVE, mixed=False))
+        for one, each in zip(shared, ops.combine(registers, Sums.of(row.expand(3, -1, -1), ACTIVE)), strict=True):
+            assert torch.equal(one, each)
 
 
 # The public edge.
@@ -249,9 +257,9 @@ def test_launchers_name_what_does_not_fit(draw):
     with pytest.raises(ShapeError, match="k "):
         attention_module.attention(draw(1, 1, 4, 16), draw(1, 2, 4, 16), draw(1, 1, 4, 16))
     with pytest.raises(ShapeError, match="register 1"):
-        combine_module.combine([x, None], draw(2, 1, 2), [(0, 1)])
+        combine_module.combine([x, None], Sums.of(draw(2, 1, 2), [(0, 1)]))
     with pytest.raises(ShapeError, match="weights"):
-        combine_module.combine([x], draw(2, 2, 1), [(0,)])
+        combine_module.combine([x], Sums.of(draw(2, 2, 1), [(0,)]))
     with pytest.raises(BackendError, match="grad"):
         norm_module.group_norm_silu(x, vector.clone().requires_grad_(), vector, 3)
 
@@ -346,7 +354,7 @@ def record_launches(dtype: torch.dtype, architecture: int) -> list[Launch]:
         attention_module.attention(q, k, k)
     if dtype == torch.float32:
         registers = [torch.zeros(2, 4, 64, 64)] * 4
-        combine_module.combine(registers, torch.zeros(2, 3, 4), [(0, 1), (0, 2, 3), ()])
+        combine_module.combine(registers, Sums.of(torch.zeros(2, 3, 4), [(0, 1), (0, 2, 3), ()]))
     return launches
 
 

@@ -64,7 +64,7 @@ def _advance(
             noise.draw((rows.values[:, column].long() + 1).expand(len(state.x)), state.x) if wanted else None
             for column, wanted in zip((DRAW1, DRAW2), plan.draws, strict=True)
         )
-    results = ops.combine((state.x, state.anchor, denoised, raw, n1, n2, *state.history), rows.weights, rows.active)
+    results = ops.combine((state.x, state.anchor, denoised, raw, n1, n2, *state.history), rows.sums)
     history = state.history
     if plan.push is not False:
         shifted = (results[-1], *history[:-1])

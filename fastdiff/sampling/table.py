@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import PlanError
+from fastdiff.kernels import Sums
 from fastdiff.sampling.clipping import Clip, DynamicThreshold, bounds
 from fastdiff.sampling.guidance import PLAIN, UNGUIDED, Guided, Rule, any_of, flags
 from fastdiff.sampling.path import Path
@@ -65,20 +66,21 @@ class Rows(NamedTuple):
     c_in: Tensor  # [B or 1, 1, 1, 1]
     c_skip: Tensor
     c_out: Tensor
-    weights: Tensor  # [B, outputs, registers], the outputs that the plan computes
-    active: tuple[tuple[int, ...], ...]
+    sums: Sums  # over the registers, for the outputs that the plan computes
 
     def spread(self, batch: int) -> Rows:
-        """One row for all images of a batch. Columns broadcast by themselves; networks and kernels want a row each."""
-        index, weights = self.row_index.expand(batch), self.weights.expand(batch, -1, -1)
-        return Rows(self.values, index, self.c_in, self.c_skip, self.c_out, weights, self.active)
+        """One row for all images of a batch. All else broadcasts by itself; networks want an index each."""
+        return self._replace(row_index=self.row_index.expand(batch))
 
 
-def take_apart(values: Tensor, row_index: Tensor, plan: RowPlan) -> Rows:
-    """View ``values [B, K]`` of images that stand at the rows ``row_index [B]`` of their tables as what is read."""
+def take_apart(values: Tensor, row_index: Tensor, plan: RowPlan, mixed: bool = True) -> Rows:
+    """View ``values [B, K]`` of images that stand at the rows ``row_index [B]`` of their tables as what is read.
+
+    ``mixed``: the images may come from different tables.
+    """
     c_in, c_skip, c_out = values[:, : C_OUT + 1, None, None, None].unbind(1)
     weights = values[:, FIRST_WEIGHT:].view(values.shape[0], OUTPUTS, -1)[:, plan.outputs]
-    return Rows(values, row_index, c_in, c_skip, c_out, weights, plan.active)
+    return Rows(values, row_index, c_in, c_skip, c_out, Sums.of(weights, plan.active, mixed))
 
 
 class Structure(NamedTuple):
@@ -110,7 +112,7 @@ class StepTable:
         by_row = self.values[:, None] if self.values.dim() == 2 else self.values.transpose(0, 1)
         index = self.index[:, None].expand(-1, by_row.shape[1])
         rows = zip(by_row, index, self.structure.rows, strict=True)
-        object.__setattr__(self, "views", tuple(take_apart(*row) for row in rows))
+        object.__setattr__(self, "views", tuple(take_apart(*row, mixed=False) for row in rows))
 
     @property
     def times(self) -> Tensor:
@@ -121,7 +123,7 @@ class StepTable:
     def walk(self, batch: int) -> Iterator[tuple[RowPlan, Rows]]:
         """Each row's plan, and its numbers for a batch that stands there together."""
         for plan, rows in zip(self.structure.rows, self.views, strict=True):
-            yield plan, rows if rows.weights.shape[0] == batch else rows.spread(batch)
+            yield plan, rows if rows.row_index.shape[0] == batch else rows.spread(batch)
 
 
 def merge(plans: Sequence[RowPlan]) -> RowPlan:
