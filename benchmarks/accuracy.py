@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.benchmarks.orders import exact
-from fastdiff.benchmarks.peers import Denoised, First, Peer, Run, diffusers_peers, k_diffusion_peers
+from fastdiff.benchmarks.peers import SHIFTS, Denoised, First, Peer, Run, diffusers_peers, k_diffusion_peers
 from fastdiff.benchmarks.variants import Variant, distinct, variants
 from fastdiff.errors import PlanError
 from fastdiff.pipeline import Pipeline
@@ -35,7 +35,8 @@ from fastdiff.sampling.solvers import Row
 from fastdiff.sampling.table import build
 
 BUDGETS = (4, 6, 8, 10, 20)
-SCOUTS = ("ddim", "dpmpp_2m", "unipc", "deis", "heun")  # solvers that choose the grids worth trying with all others
+SCOUTS = ("dpmpp_2m", "unipc", "deis", "ipndm", "gradient_estimation")  # they choose the grids for all others
+LOWEST = (0.002, 0.03)  # of the noise levels: the field's usual ones
 KEPT = 6  # grids kept for each budget
 PURE = 50.0  # sigma / alpha from which on a state is noise for all purposes
 
@@ -162,13 +163,17 @@ class _Asked:
 
 
 def grids() -> dict[str, Grid]:
-    """Our grids; those that end at a lowest noise level also with the field's usual ones."""
+    """Our grids; those with a lowest noise level also with the usual ones, the shifted one with every shift."""
     found: dict[str, Grid] = {}
     for name, grid in GRIDS.items():
         found[name] = grid
         if "sigma_min" in inspect.signature(grid).parameters:
-            for low in (0.002, 0.03):
+            for low in LOWEST:
                 found[f"{name} from {low}"] = functools.partial(grid, sigma_min=low)
+    for shift in SHIFTS:
+        for low in (None, *LOWEST):
+            grid = functools.partial(GRIDS["shifted"], shift=shift, t_last=low)
+            found[f"shift {shift:g}" + (f" from {low}" if low else "")] = grid
     return found
 
 

@@ -7,7 +7,7 @@ from importlib import metadata
 from fastdiff.errors import ArtifactError, BackendError, FastdiffError, PlanError, ShapeError
 from fastdiff.integrations.schedulers import from_diffusers_scheduler
 from fastdiff.pipeline import Output, Pipeline
-from fastdiff.sampling import Cond, sample
+from fastdiff.sampling import Cond, iterate, sample
 
 __version__ = metadata.version("fastdiff")
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "PlanError",
     "ShapeError",
     "from_diffusers_scheduler",
+    "iterate",
     "sample",
 ]

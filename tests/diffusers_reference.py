@@ -22,13 +22,17 @@ SHAPE, SEED = (2, 3, 4, 4), 7
 SMALL_TIMES = ("IPNDM", "SCM", "EDM", "Cosine", "Wuerstchen", "MiniMax")
 
 
-def network(name: str) -> Callable[..., Tensor]:
-    """A smooth stand-in for a network that depends on the state and on what it is told."""
+def network(name: str, variance: bool = False) -> Callable[..., Tensor]:
+    """A smooth stand-in for a network that depends on the state and on what it is told.
+
+    With ``variance`` it has a second half of channels in [-1, 1].
+    """
     scale = 1.0 if any(part in name for part in SMALL_TIMES) else 1000.0
 
     def call(x: Tensor, timestep: Tensor, *_: Tensor) -> Tensor:
         phase = (timestep.to(x.dtype) / scale)[:, None, None, None]
-        return torch.tanh(0.7 * x + phase) * (0.3 + 0.5 * phase)
+        output = torch.tanh(0.7 * x + phase) * (0.3 + 0.5 * phase)
+        return torch.cat([output, torch.sin(3 * x)], 1) if variance else output
 
     return call
 
@@ -107,7 +111,8 @@ def theirs(scheduler: Any, double: bool, first: int = 0, scale: float | None = N
 
 def _walk(scheduler: Any, x: Tensor, first: int, scale: float | None, **step: Any) -> Tensor:
     name, times = type(scheduler).__name__, list(scheduler.timesteps)[first:]
-    fn, generator = network(name), torch.Generator().manual_seed(SEED)
+    fn = network(name, getattr(scheduler.config, "variance_type", None) == "learned_range")
+    generator = torch.Generator().manual_seed(SEED)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     if "generator" in inspect.signature(scheduler.step).parameters:
@@ -158,7 +163,8 @@ def ours(name: str, plan: Plan, double: bool) -> tuple[Tensor, StepTable, float]
     """The end of our loop from the same noise, the table it walked, and the largest number met on the way."""
     dtype = torch.float64 if double else torch.float32
     table = build(plan.path, plan.prediction, plan.solver, plan.times, clip=plan.clip, dtype=dtype)
-    fn = CallableNetwork(network(name), plan.prediction.two_time)
+    variance = any(row.learned for row in plan.solver.rows(plan.path, plan.times))
+    fn = CallableNetwork(network(name, variance), plan.prediction.two_time)
     noise = GeneratorNoise(torch.Generator().manual_seed(SEED), SHAPE, table.structure.draws, initial=False)
     noise.values = noise.values.to(dtype)
     x = start().to(dtype) * plan.initial_scale

@@ -75,7 +75,9 @@ FLOW_LEVELS = merged(LEVELS, some(shift=(1.0, 3.0), shift_terminal=(None, 0.1)))
 STRATEGIES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "DDIMScheduler": merged(VP, KINDS, CLIP, THRESHOLD, some(set_alpha_to_one=FLAGS)),
     "DDIMParallelScheduler": merged(VP, KINDS),
-    "DDPMScheduler": merged(VP, KINDS, CLIP, THRESHOLD, some(variance_type=("fixed_small", "fixed_large"))),
+    "DDPMScheduler": merged(
+        VP, KINDS, CLIP, THRESHOLD, some(variance_type=("fixed_small", "fixed_large", "learned_range"))
+    ),
     "DDPMParallelScheduler": merged(VP, some(variance_type=("fixed_small_log",), beta_schedule=("sigmoid", "laplace"))),
     "PNDMScheduler": merged(VP, TWO_KINDS, some(skip_prk_steps=FLAGS, set_alpha_to_one=FLAGS)),
     "CogVideoXDDIMScheduler": merged(SPACED, TWO_KINDS, some(snr_shift_scale=(1.0, 3.0))),
@@ -85,7 +87,9 @@ STRATEGIES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     ).map(lambda given: given | {"clip_sample": False}),
     "LCMScheduler": merged(KINDS, CLIP, THRESHOLD, some(original_inference_steps=(50, 100))),
     "TCDScheduler": merged(KINDS, some(original_inference_steps=(50, 100))),
-    "UnCLIPScheduler": merged(CLIP, some(prediction_type=("epsilon", "sample"))),
+    "UnCLIPScheduler": merged(
+        CLIP, some(prediction_type=("epsilon", "sample"), variance_type=("fixed_small_log", "learned_range"))
+    ),
     "EulerDiscreteScheduler": merged(
         VP, KINDS, LEVELS, RESCALE, FINAL, some(interpolation_type=("linear", "linear", "log_linear"))
     ),
@@ -281,8 +285,7 @@ def test_where_diffusers_breaks_we_give_numbers_or_refuse(name, options, steps):
 
 
 UNSUPPORTED = [
-    ("DDPMScheduler", {"variance_type": "learned_range"}, {}, "variance_type"),
-    ("UnCLIPScheduler", {"variance_type": "learned_range"}, {}, "variance_type"),
+    ("DDPMScheduler", {"variance_type": "learned"}, {}, "variance_type"),
     ("DPMSolverMultistepScheduler", {"variance_type": "learned"}, {}, "variance_type"),
     ("DPMSolverMultistepScheduler", {"solver_order": 4}, {}, "solver_order"),
     ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, {}, "algorithm_type"),

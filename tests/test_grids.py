@@ -25,6 +25,7 @@ from fastdiff.sampling.grid import (
     linear_quadratic,
     linspace,
     log_snr_uniform,
+    perflow,
     polyexponential,
     quadratic,
     shift_time,
@@ -40,9 +41,13 @@ LEVEL_GRIDS = {
     "log_snr": log_snr_uniform, "karras": karras, "exponential": exponential, "polyexponential": polyexponential,
     "kl_optimal": kl_optimal, "laplace": laplace, "beta": beta,
 }  # fmt: skip
-PATH_OF = {"ays_svd": EDM(sigma_max=700.0), "shifted": RectifiedFlow(), "linear_quadratic": RectifiedFlow()} | {
-    name: RectifiedFlow() for name in GRIDS if name.startswith("oss")
-}
+PATH_OF = {
+    "ays_svd": EDM(sigma_max=700.0),
+    "shifted": RectifiedFlow(),
+    "linear_quadratic": RectifiedFlow(),
+    "perflow": RectifiedFlow(),
+} | {name: RectifiedFlow() for name in GRIDS if name.startswith("oss")}
+LEAST = {"perflow": 4}  # a step for each window
 MOST = {"quadratic": 29, "lcm": 50, "laplace": 400}  # beyond these two times coincide
 
 
@@ -65,7 +70,7 @@ def test_times_fall_strictly_for_every_number_of_steps(name):
         range(1, 1001) if name in ("leading", "trailing", "linspace", "uniform") else [*range(1, 51), 100, 333, 1000]
     )
     for n in numbers:
-        if n <= most:
+        if LEAST.get(name, 1) <= n <= most:
             check(path, GRIDS[name](path, n), n)
         else:
             with pytest.raises(PlanError, match=f"num_inference_steps is {n}"):
@@ -317,6 +322,11 @@ def test_linear_quadratic_is_mochis():
     assert list(linear_quadratic(RectifiedFlow(), 10)) == pytest.approx(want, abs=1e-12)
 
 
+def test_perflow_takes_equal_steps_in_equal_windows():
+    assert perflow(RectifiedFlow(), 4) == (1.0, 0.75, 0.5, 0.25, 0.0)
+    assert perflow(RectifiedFlow(), 7, windows=3) == (1.0, 0.888, 0.777, 0.666, 0.5, 0.333, 0.166, 0.0)
+
+
 def test_shift_multiplies_the_noise_ratio():
     for t in (0.0, 0.2, 0.9, 1.0):
         moved = shift_time(t, 3.0)
@@ -400,6 +410,7 @@ BAD = [
     (lambda: linear_quadratic(EDM(), 5), "made for the straight path"),
     (lambda: linear_quadratic(RectifiedFlow(), 5, threshold=0.9), "threshold is 0.9"),
     (lambda: linear_quadratic(RectifiedFlow(), 5, linear_steps=5), "1 to 4 linear steps"),
+    (lambda: perflow(RectifiedFlow(), 5, windows=0), "windows is 0"),
     (lambda: GRIDS["ays_sd15"](linear_betas(), 10), "noise starts at 14.6146"),
     (lambda: GRIDS["oss_flux"](EDM(), 10), "noise starts at 0.9968"),
 ]

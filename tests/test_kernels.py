@@ -217,7 +217,8 @@ def test_combine_keeps_out_what_a_zero_weight_leaves_out(stale, draw):
     weights[0, :, 1] = 0.0  # nobody reads it
     registers[2][1] = stale
     weights[1, 0, 2] = -0.0  # one output reads it, the other does not
-    fused = combine_module.combine([*registers, None], Sums.of(torch.nn.functional.pad(weights, (0, 1)), [(0, 1, 2), (1, 2)]))
+    sums = Sums.of(torch.nn.functional.pad(weights, (0, 1)), [(0, 1, 2), (1, 2)])
+    fused = combine_module.combine([*registers, None], sums)
     for output in range(2):
         kept = [n for n in range(3) if (n, output) != (1, 1)]
         assert fused[output][kept].isfinite().all()

@@ -7,12 +7,13 @@ import torch
 
 from fastdiff.errors import PlanError, ShapeError
 from fastdiff.sampling import Cond, sample
+from fastdiff.sampling import iterate as walk
 from fastdiff.sampling.denoiser import CallableNetwork, NetworkDenoiser
 from fastdiff.sampling.grid import uniform
 from fastdiff.sampling.loop import iterate
 from fastdiff.sampling.noise import PhiloxNoise
 from fastdiff.sampling.path import RectifiedFlow
-from fastdiff.sampling.prediction import MeanVelocity
+from fastdiff.sampling.prediction import IMM, MeanVelocity
 from fastdiff.sampling.solvers import SOLVERS
 from fastdiff.sampling.table import build
 
@@ -47,6 +48,21 @@ def test_a_walk_resumes_from_a_saved_state():
         assert torch.equal(sample(contracting, (2, 1, 4, 4), **options, resume=resume), whole)
 
 
+def test_a_walk_row_by_row_is_the_sample():
+    """And it can be left and taken up again; bad input is named before the first step."""
+    options = {"sampler": "dpmpp_2m_sde", "path": "linear", "num_inference_steps": 6, "seed": 5}
+    whole = sample(contracting, (2, 1, 4, 4), **options)
+    steps = list(walk(contracting, (2, 1, 4, 4), **options))
+    assert [step.index for step in steps] == list(range(6)) and steps[0].timestep == 999.0
+    assert torch.equal(steps[-1].state.x, whole)
+    *_, last = walk(contracting, (2, 1, 4, 4), **options, resume=(3, steps[2].state))
+    assert torch.equal(last.state.x, whole)
+    with pytest.raises(PlanError, match="unknown sampler"):
+        walk(contracting, (2, 1, 4, 4), sampler="ddom")
+    with pytest.raises(PlanError, match="no callback"):
+        walk(contracting, (2, 1, 4, 4), callback=print)
+
+
 @pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "unipc", "dpmpp_2m_sde", "heun", "er_sde", "lcm"])
 def test_inpainting_keeps_the_image_outside_the_mask(name):
     image = torch.rand(2, 1, 4, 4) * 2 - 1
@@ -69,6 +85,35 @@ def test_inpainting_holds_the_forward_process_on_the_way():
     )  # fmt: skip
     for i, x in enumerate(states, start=1):
         assert torch.allclose(x, image * i / 4 + noise * (1 - i / 4), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("path", "prediction", "sampler", "grid"),
+    [
+        ("linear", "eps", "dpmpp_2m", "trailing"),
+        ("scaled_linear", "eps", "unipc", "gits_sd15"),
+        ("linear_zero_snr", "v", "ddim", "trailing"),
+        ("vp_sde", "score", "heun", None),
+        ("edm", "edm", "dpmpp_3m", "karras"),
+        ("straight", "velocity", "deis", "linear_quadratic"),
+        ("trigflow", "trigflow", "res_multistep", None),
+        ("straight", "mean_velocity", "flow_map:gamma=0.5", None),
+        ("straight", "shortcut", "flow_map", None),
+        ("edm", "consistency", "flow_map:gamma=1", None),
+        ("trigflow", "scm", "flow_map:gamma=1", None),
+        ("straight", IMM(form="euler_fm"), "flow_map", None),
+        ("quadratic", "lcm", "flow_map:gamma=1", "lcm"),
+        ("quadratic", "eps", "lcm", "trailing"),
+        ("quadratic", "eps", "tcd", "lcm"),
+        ("straight", "perflow", "flow_map", "perflow"),
+    ],
+    ids=str,
+)
+def test_what_the_docs_name_for_each_network_runs(path, prediction, sampler, grid):
+    """docs/SAMPLERS.md, "What to name for which network"."""
+    parts = {"path": path, "prediction": prediction, "sampler": sampler, "grid": grid}
+    got = sample(lambda x, *told: torch.tanh(x), (1, 1, 4, 4), **parts, num_inference_steps=4, seed=1)
+    assert bool(got.isfinite().all()) and 1e-3 < float(got.abs().max()) < 1e3
 
 
 def test_image_to_image_walks_the_last_part():

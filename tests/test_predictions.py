@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
+import fastdiff
 from fastdiff.errors import PlanError
 from fastdiff.sampling.path import EDM, PATHS, DiscreteVP, RectifiedFlow, TrigFlow, linear_betas, quadratic_betas
 from fastdiff.sampling.prediction import (
@@ -19,6 +21,7 @@ from fastdiff.sampling.prediction import (
     EDMPreconditioned,
     Eps,
     MeanVelocity,
+    PeRFlow,
     Shortcut,
     TrigPreconditioned,
     V,
@@ -104,7 +107,7 @@ ONE_TIME = [name for name, p in PREDICTIONS.items() if not p.jumps]
 
 def test_every_prediction_has_an_exact_network_here():
     assert set(ONE_TIME) == set(EXACT)
-    assert {name for name, p in PREDICTIONS.items() if p.jumps} == {*TWO_TIME, "consistency", "lcm", "scm"}
+    assert {name for name, p in PREDICTIONS.items() if p.jumps} == {*TWO_TIME, "consistency", "lcm", "scm", "perflow"}
     assert all(p.jumps for p in PREDICTIONS.values() if p.two_time)
 
 
@@ -221,6 +224,23 @@ def test_a_first_order_step_with_a_flow_map_lands_on_its_jump(name, path):
         for x in states(path, t):
             got = denoised(PREDICTIONS[name], path, x, t, s, TWO_TIME[name](path, x, t, s))
             assert r * x + m * got == pytest.approx(flow(path, x, t, s), rel=1e-10, abs=1e-11)
+
+
+@pytest.mark.parametrize("form", ["identity", "euler_fm"])
+def test_the_other_forms_of_imm_land_on_their_jump(form):
+    path, data = RectifiedFlow(), 0.5
+    prediction = IMM(data, form)
+    for t, s in [(1.0, 0.4), (0.7, 0.0), (0.3, 0.1)]:
+        r, m = first_order(path, t, s)
+        for x in states(path, t):
+            landed = flow(path, x, t, s)
+            output = (landed - r * x) / m if form == "identity" else (x - landed) / ((t - s) * data)
+            assert r * x + m * denoised(prediction, path, x, t, s, output) == pytest.approx(landed, rel=1e-10)
+        assert prediction.coefficients(path, t, s).c_in == pytest.approx(1 / (data * math.hypot(1 - t, t)))
+    with pytest.raises(PlanError, match="'euler_fm'"):
+        IMM(form="euler_fm").coefficients(linear_betas(), 900.0, 100.0)
+    with pytest.raises(PlanError, match="form is 'edm'"):
+        IMM(form="edm")
 
 
 @pytest.mark.parametrize("name", ["mean_velocity", "shortcut"])
@@ -362,7 +382,53 @@ def test_flow_map_with_gamma_1_is_multistep_consistency_sampling(t_end):
         assert row.to_x.get("n1", 0.0) == pytest.approx(math.sqrt(after**2 - t_end**2), abs=1e-15)
 
 
-@pytest.mark.parametrize("name", ["direct_map", "imm", "consistency", "lcm", "scm"])
+# --- piecewise rectified flows ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["ddim_eps", "diff_eps", "velocity"])
+def test_a_perflow_step_stays_on_the_straight_line_of_its_window(kind):
+    """The line joins a state of the trained diffusion at each bound; the network gives the noise between the two."""
+    path, trained, x0, z = RectifiedFlow(), quadratic_betas(), 0.4, -1.3
+    prediction = PeRFlow(kind, windows=4, trained=trained)
+    for start, end in [(1.0, 0.75), (0.75, 0.5), (0.25, 0.0)]:
+        alpha_e, sigma_e = trained.alpha_sigma(max(1000 * end, 1))
+        alpha_s, sigma_s = trained.alpha_sigma(1000 * start)
+        after = alpha_e * x0 + sigma_e * z
+        ratio = alpha_s / alpha_e
+        before = ratio * after + math.sqrt(1 - ratio**2) * z if kind == "diff_eps" else alpha_s * x0 + sigma_s * z
+        line = (before - after) / (start - end)
+        for t, s in [(start, end), (start, end + 0.1), (end + 0.1, end), (end + 0.2, end + 0.05)]:
+            x = after + (t - end) * line
+            d = denoised(prediction, path, x, t, s, line if kind == "velocity" else z)
+            r, m = first_order(path, t, s)
+            assert r * x + m * d == pytest.approx(after + (s - end) * line, rel=1e-9, abs=1e-11)
+
+
+def test_a_perflow_step_out_of_its_window_is_refused():
+    with pytest.raises(PlanError, match="down to 0.75"):
+        PeRFlow().coefficients(RectifiedFlow(), 0.9, 0.7)
+    with pytest.raises(PlanError, match="'straight' path"):
+        PeRFlow().coefficients(linear_betas(), 900.0, 800.0)
+    for options in ({"kind": "eps"}, {"windows": 0}):
+        with pytest.raises(PlanError, match="allowed"):
+            PeRFlow(**options)
+
+
+@pytest.mark.parametrize("n", [4, 7, 10])
+def test_perflow_walks_its_grid(n):
+    """A network that always gives one noise moves the state from bound to bound by DDIM steps, whatever the steps."""
+    trained, z = quadratic_betas(), torch.full((1, 1, 2, 2), 0.3)
+    start = torch.linspace(-2, 2, 4).view(1, 1, 2, 2)
+    found = fastdiff.sample(
+        lambda x, t: z, (1, 1, 2, 2), sampler="flow_map", prediction="perflow", grid="perflow",
+        num_inference_steps=n, latents=start,
+    )  # fmt: skip
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = trained.alpha_sigma(1000.0), trained.alpha_sigma(1.0)
+    want = alpha_s * (start - sigma_t * z) / alpha_t + sigma_s * z
+    assert torch.allclose(found, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["direct_map", "imm", "consistency", "lcm", "scm", "perflow"])
 def test_what_is_not_learned_by_regression_says_so(name):
     with pytest.raises(PlanError):
         PREDICTIONS[name].target(DiscreteVP((0.1, 0.2)), 1.0)

@@ -8,7 +8,7 @@ from fastdiff.sampling.grid import GRIDS
 from fastdiff.sampling.guidance import APG, CFG, GUIDANCES, CFGPlusPlus, CFGZeroStar
 from fastdiff.sampling.path import PATHS
 from fastdiff.sampling.prediction import PREDICTIONS
-from fastdiff.sampling.run import sample
+from fastdiff.sampling.run import Step, iterate, sample
 from fastdiff.sampling.solvers import SOLVERS
 
 __all__ = [
@@ -23,5 +23,7 @@ __all__ = [
     "CFGZeroStar",
     "Cond",
     "DynamicThreshold",
+    "Step",
+    "iterate",
     "sample",
 ]

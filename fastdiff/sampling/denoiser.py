@@ -14,6 +14,7 @@ from fastdiff.sampling.guidance import Guided, optimal_scale, projected, rescale
 from fastdiff.sampling.table import (
     CLIP,
     GUIDANCE,
+    LEARNED,
     MOMENTUM,
     NORM,
     OPTIMAL,
@@ -79,6 +80,7 @@ class Estimates(NamedTuple):
     denoised: Tensor  # D after guidance and clipping
     raw: Tensor  # D before clipping, or the weak estimate where the rule wants the noise from that
     momentum: Tensor | None  # the register of APG
+    spread: Tensor | None = None  # what the network multiplies the noise n1 by, where a row lets it
 
 
 class Denoiser(Protocol):
@@ -147,11 +149,16 @@ class NetworkDenoiser:
         """See ``Denoiser``."""
         if plan.guided is None:
             own = prepared if self.guide is None else prepared[0]
-            raw = estimate(x, self.network(rows.c_in * x, rows.row_index, own), rows) if plan.asks else rows.c_skip * x
-            return Estimates(clip(raw, rows, plan), raw, momentum)
+            if not plan.asks:
+                raw = rows.c_skip * x
+                return Estimates(clip(raw, rows, plan), raw, momentum)
+            output, spread = part(x, self.network(rows.c_in * x, rows.row_index, own), rows, plan)
+            raw = estimate(x, output, rows)
+            return Estimates(clip(raw, rows, plan), raw, momentum, spread)
         strong, weak = self._both(rows.c_in * x, rows.row_index, prepared)
-        guided, raw, momentum = mix(x, strong, weak, rows, plan.guided, momentum)
-        return Estimates(clip(guided, rows, plan), raw, momentum)
+        strong, spread = part(x, strong, rows, plan)
+        guided, raw, momentum = mix(x, strong, weak[:, : x.shape[1]], rows, plan.guided, momentum)
+        return Estimates(clip(guided, rows, plan), raw, momentum, spread)
 
     def _both(self, scaled: Tensor, row_index: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]:
         if self.guide is not None:
@@ -164,6 +171,27 @@ class NetworkDenoiser:
 def column(values: Tensor, index: int) -> Tensor:
     """One column of ``values [B, K]``, ready to multiply images: ``[B, 1, 1, 1]``."""
     return values[:, index].view(-1, 1, 1, 1)
+
+
+def part(x: Tensor, output: Tensor, rows: Rows, plan: RowPlan) -> tuple[Tensor, Tensor | None]:
+    """Part the output of a network that also predicts a variance, ``[B, 2C, H, W]``; others pass.
+
+    Returns:
+        The prediction ``[B, C, H, W]``, and the factor of the noise n1 where the plan wants it.
+
+    Raises:
+        PlanError: if the plan wants a variance and the network gives none.
+    """
+    channels = x.shape[1]
+    if plan.learned and output.shape[1] != 2 * channels:
+        raise PlanError(
+            f"the network returns {output.shape[1]} channels for {channels}; a learned variance needs {2 * channels}: "
+            "use variance 'fixed_small' or 'fixed_large'"
+        )
+    if output.shape[1] != 2 * channels:
+        return output, None
+    spread = torch.exp(column(rows.values, LEARNED) * (1 + output[:, channels:])) if plan.learned else None
+    return output[:, :channels], spread
 
 
 def estimate(x: Tensor, output: Tensor, rows: Rows) -> Tensor:

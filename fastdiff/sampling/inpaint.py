@@ -36,7 +36,8 @@ class Inpaint:
         found = self.denoise(x, rows, plan, prepared, momentum)
         denoised = self.image.lerp(found.denoised, self.mask)
         raw = denoised if found.raw is found.denoised else self.image.lerp(found.raw, self.mask)
-        return Estimates(denoised, raw, found.momentum)
+        spread = None if found.spread is None else (found.spread - 1) * self.mask + 1
+        return Estimates(denoised, raw, found.momentum, spread)
 
 
 def shorten(times: Times, strength: float) -> Times:

@@ -57,13 +57,14 @@ def advance(
 def _advance(
     denoise: Denoiser, state: State, rows: Rows, plan: RowPlan, noise: Noise | None, prepared: Prepared, ops: Ops
 ) -> State:
-    denoised, raw, momentum = denoise(state.x, rows, plan, prepared, state.momentum)
+    denoised, raw, momentum, spread = denoise(state.x, rows, plan, prepared, state.momentum)
     n1 = n2 = None
     if noise is not None and plan.draws != (False, False):
         n1, n2 = (
             noise.draw((rows.values[:, column].long() + 1).expand(len(state.x)), state.x) if wanted else None
             for column, wanted in zip((DRAW1, DRAW2), plan.draws, strict=True)
         )
+        n1 = n1 if n1 is None or spread is None else spread * n1
     results = ops.combine((state.x, state.anchor, denoised, raw, n1, n2, *state.history), rows.sums)
     history = state.history
     if plan.push is not False:

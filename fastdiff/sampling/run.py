@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from fastdiff.errors import PlanError, ShapeError
 from fastdiff.kernels import REFERENCE, Ops
+from fastdiff.sampling import loop
 from fastdiff.sampling.clipping import Clip
-from fastdiff.sampling.denoiser import Cond, Network
-from fastdiff.sampling.grid import Times
+from fastdiff.sampling.denoiser import Cond, Denoiser, Network, Prepared
+from fastdiff.sampling.grid import Grid, Times
 from fastdiff.sampling.guidance import Rule
 from fastdiff.sampling.inpaint import Inpaint, check_image, shorten
-from fastdiff.sampling.loop import State, iterate
+from fastdiff.sampling.loop import State
+from fastdiff.sampling.noise import Noise
 from fastdiff.sampling.parts import (
     Generators,
     make_guidance,
@@ -32,7 +35,15 @@ from fastdiff.sampling.path import Path
 from fastdiff.sampling.prediction import Prediction
 from fastdiff.sampling.solvers import Solver
 from fastdiff.sampling.steering import Interval, Strength
-from fastdiff.sampling.table import build
+from fastdiff.sampling.table import StepTable, build
+
+
+class Step(NamedTuple):
+    """One network evaluation of a run."""
+
+    index: int  # the row's number
+    timestep: float  # what the network was told at it
+    state: State  # after it
 
 
 @runtime_checkable
@@ -50,7 +61,6 @@ class Planner(Protocol):
         """Return path, prediction, solver, times, deviation of the starting noise, and clip."""
 
 
-@torch.no_grad()
 def sample(
     network: Network | Callable[..., Tensor],
     shape: Sequence[int],
@@ -66,7 +76,7 @@ def sample(
     guidance_rescale: float = 0.0,
     guidance_interval: Interval | None = None,
     guide: Network | Callable[..., Tensor] | None = None,
-    grid: str | None = None,
+    grid: str | Grid | None = None,
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
     eta: float | None = None,
@@ -104,7 +114,7 @@ def sample(
         guidance_interval: noise levels ``sigma / alpha`` between which to guide; outside them the network runs once.
         guide: a weaker network of the same path and prediction, asked in place of ``uncond`` (autoguidance). It is told
             ``uncond`` if that is given, else ``cond``.
-        grid: a name of ``GRIDS``.
+        grid: a name of ``GRIDS``, or a function of path and steps.
         timesteps: explicit times, in the network's units.
         sigmas: explicit times, as noise levels.
         eta: share of fresh noise of ``ddim`` and ``dpmpp_sde``.
@@ -129,6 +139,92 @@ def sample(
         PlanError: if the parts do not fit one another.
         ShapeError: if images, latents, seeds, conditioning or strengths do not fit the batch.
     """
+    given = {name: value for name, value in locals().items() if name not in ("callback", "ops")}
+    ready = _ready(**given)
+    x = ready.state.x
+    for step in _walk(ready, ops):
+        x = step.state.x
+        if callback is not None:
+            callback(*step)
+    return x
+
+
+def iterate(network: Network | Callable[..., Tensor], shape: Sequence[int], **options: Any) -> Iterator[Step]:
+    """Sample from any network, one network evaluation at a time: for previews, and to stop early.
+
+    Args:
+        network: as of ``sample``.
+        shape: ``(B, C, H, W)``.
+        options: all that ``sample`` takes, but for ``callback``.
+
+    Returns:
+        The row's number, the time the network was told at it, and the state after it, which ``resume`` goes on from.
+
+    Raises:
+        PlanError: if the parts do not fit one another; at once, not at the first step.
+        ShapeError: if images, latents, seeds, conditioning or strengths do not fit the batch.
+    """
+    bound = inspect.signature(sample).bind(network, shape, **options)
+    bound.apply_defaults()
+    given, ops = bound.arguments, bound.arguments.pop("ops")
+    if given.pop("callback") is not None:
+        raise PlanError("iterate takes no callback: its caller gets every state")
+    return _walk(_ready(**given), ops)
+
+
+class _Ready(NamedTuple):
+    """A run before its next network evaluation."""
+
+    denoiser: Denoiser
+    state: State
+    table: StepTable
+    noise: Noise
+    prepared: Prepared
+    first: int
+
+
+@torch.no_grad()
+def _walk(ready: _Ready, ops: Ops) -> Iterator[Step]:
+    told = ready.table.times[:, 0].tolist()
+    walk = loop.iterate(
+        ready.denoiser, ready.state.x, ready.table, ready.noise, ready.prepared, ops, ready.first, ready.state
+    )
+    for i, state in enumerate(walk, start=ready.first):
+        yield Step(i, told[i], state)
+
+
+@torch.no_grad()
+def _ready(
+    *,
+    network: Network | Callable[..., Tensor],
+    shape: Sequence[int],
+    num_inference_steps: int,
+    sampler: str | Solver | Planner,
+    path: str | Path,
+    prediction: str | Prediction,
+    cond: Cond | None,
+    uncond: Cond | None,
+    guidance_scale: Strength | Sequence[Strength],
+    guidance: str | Rule,
+    guidance_rescale: float,
+    guidance_interval: Interval | None,
+    guide: Network | Callable[..., Tensor] | None,
+    grid: str | Grid | None,
+    timesteps: Sequence[float] | None,
+    sigmas: Sequence[float] | None,
+    eta: float | None,
+    gamma: float | None,
+    clip: Clip | None,
+    seed: int | Sequence[int] | None,
+    generator: Generators | None,
+    latents: Tensor | None,
+    image: Tensor | None,
+    strength: float,
+    mask_image: Tensor | None,
+    resume: tuple[int, State] | None,
+    device: torch.device | str,
+) -> _Ready:
+    """Make all parts of a run."""
     size = tuple(int(n) for n in shape)
     if len(size) != 4 or min(size) < 1:
         raise ShapeError(f"shape is {size}; allowed: (B, C, H, W), each 1 or more")
@@ -165,12 +261,8 @@ def sample(
         check_image("mask_image", mask_image, (size[0], 1, *size[2:]))
         denoiser = Inpaint(denoiser, image, mask_image.to(device, torch.float32))
     noise = make_noise(size, table.structure.draws, seed, generator, device, initial=latents is None)
+    if resume is not None:
+        return _Ready(denoiser, resume[1], table, noise, prepared, resume[0])
     x = start(walked, times, size, latents, image, noise, device, scale)
-    told = table.times[:, 0].tolist() if callback is not None else []
-    first, saved = resume or (0, None)
-    x = x if saved is None else saved.x
-    for i, state in enumerate(iterate(denoiser, x, table, noise, prepared, ops, first, saved), start=first):
-        x = state.x
-        if callback is not None:
-            callback(i, told[i], state)
-    return x
+    state = State.start(x, table.structure.history, table.structure.momentum)
+    return _Ready(denoiser, state, table, noise, prepared, 0)

@@ -25,7 +25,7 @@ from fastdiff.sampling.steering import Interval, Steering, Strength, silent_rows
 # Columns before the weights: coefficients, the guidance's numbers, clipping, flags
 C_IN, C_SKIP, C_OUT, C_NOISE, C_NOISE_TO = range(5)
 GUIDANCE, WEAK_NOISE, RESCALE, OPTIMAL, PROJECTED, MOMENTUM, NORM, PARALLEL = range(5, 13)
-CLIP, TAIL, PUSH, DRAW1, DRAW2, FIRST_WEIGHT = range(13, 19)
+CLIP, TAIL, PUSH, DRAW1, DRAW2, LEARNED, FIRST_WEIGHT = range(13, 20)
 # Registers; history follows the last of these, newest first
 REGISTERS = ("x", "anchor", "denoised", "raw", "n1", "n2")
 X, ANCHOR, DENOISED, RAW, N1, N2, FIRST_HISTORY = range(7)
@@ -45,6 +45,7 @@ class RowPlan(NamedTuple):
     tail: float | None  # largest share of pixels above a dynamic threshold; None: plain clips only
     ends: bool
     asks: bool = True  # False: the network's output counts for nothing, so it is not asked
+    learned: bool = False  # does the network say how much noise n1 adds?
 
     @property
     def outputs(self) -> slice:
@@ -148,6 +149,7 @@ def merge(plans: Sequence[RowPlan]) -> RowPlan:
         tail=max((plan.tail for plan in plans if plan.tail is not None), default=None),
         ends=any(plan.ends for plan in plans),
         asks=any(plan.asks for plan in plans),
+        learned=any(plan.learned for plan in plans),
     )
 
 
@@ -240,7 +242,7 @@ def _values(path: Path, prediction: Prediction, row: Row, mute: bool, clip: Clip
         coefficients = coefficients._replace(c_out=0.0)
     to_anchor = row.to_x if row.to_anchor is None else row.to_anchor
     pushes, draws = 0.0 if row.to_history is None else 1.0, [float(draw or 0) for draw in row.draws]
-    line = [*coefficients, *UNGUIDED, *bounds(clip), pushes, *draws]
+    line = [*coefficients, *UNGUIDED, *bounds(clip), pushes, *draws, row.learned]
     return [*line, *dense(row.to_x), *dense(to_anchor), *dense(row.to_history or {})]
 
 
@@ -259,4 +261,5 @@ def _plan(row: Row, guided: Guided | None, mute: bool, clip: Clip | None, histor
         tail=bounds(clip)[1] if isinstance(clip, DynamicThreshold) else None,
         ends=row.ends,
         asks=not mute,
+        learned=row.learned != 0,
     )

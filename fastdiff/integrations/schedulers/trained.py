@@ -22,6 +22,7 @@ from fastdiff.sampling.solvers.ddpm import DDPM
 from fastdiff.sampling.solvers.exponential import Form, step
 
 CLEAN = 0.0  # the angle of clean data
+SMALLEST = 1e-10  # deviation of noise where diffusers needs its logarithm
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,11 @@ def _cogvideo_signal(options: Options) -> Tensor:
 
 
 def ddpm(options: Options, request: Request) -> Plan:
-    """DDPM. The variance of the last step is that of the forward step with ``fixed_large``, else none."""
-    why = "the network gives the variance in channels of its own, which the step table has no register for"
-    variances = {"fixed_small": "fixed_small", "fixed_small_log": "fixed_small", "fixed_large": "fixed_large"}
-    if options["variance_type"] in ("learned", "learned_range"):
-        raise options.refuse("variance_type", why)
+    """DDPM. The variance of the last step is that of the forward step with ``fixed_large``, else all but none."""
+    variances = {"fixed_small": "fixed_small", "fixed_small_log": "fixed_small", "fixed_large": "fixed_large",
+                 "learned_range": "learned_range"}  # fmt: skip
+    if options["variance_type"] == "learned":
+        raise options.refuse("variance_type", "diffusers takes the root of an output that may be below 0")
     if options["variance_type"] == "fixed_large_log":
         raise options.refuse("variance_type", "diffusers takes the root of its logarithm, which is below 0")
     table = Table.of(options, tables.signal(options), clean=True)
@@ -123,9 +124,7 @@ def ddpm(options: Options, request: Request) -> Plan:
 
 def unclip(options: Options, request: Request) -> Plan:
     """The ancestral walk of unCLIP, over steps that its pipeline tells it one ahead."""
-    if options["variance_type"] == "learned_range":
-        raise options.refuse("variance_type", "the step table has no register for a variance that the network gives")
-    options.choose("variance_type", {"fixed_small_log": None})
+    variance = options.choose("variance_type", {"fixed_small_log": "fixed_small", "learned_range": "learned_range"})
     options.choose("beta_schedule", {"squaredcos_cap_v2": None})
     given = options.given | {"trained_betas": None}
     betas = tables.betas(replace(options, given=given))
@@ -136,13 +135,16 @@ def unclip(options: Options, request: Request) -> Plan:
     tables.need_steps(options, count)
     steps = (np.arange(count) * ((options["num_train_timesteps"] - 1) / (count - 1))).round()[::-1].astype(int).tolist()
     bound = float(options["clip_sample_range"]) if options.flag("clip_sample") else None
-    plan = _ancestral(table, steps, "fixed_small", prediction(options, "epsilon", "sample"), bound)
+    plan = _ancestral(table, steps, variance, prediction(options, "epsilon", "sample"), bound)
     # a step down by one reads its beta, which differs in float32 from what alpha^2 says: diffusers scales the image by
     # 1.0005 in the last step of the usual betas
     rows = list(plan.solver.rows(plan.path, plan.times))
     for i, (k, following) in enumerate(zip(steps, [*steps[1:], -1], strict=True)):
         if following == k - 1:
-            rows[i] = rows[i]._replace(to_x=_one_down(int(k), betas, products))
+            to_x, learned = _one_down(int(k), betas, products), rows[i].learned
+            if learned:
+                learned = 0.5 * math.log(math.sqrt(betas[k].item()) / to_x["n1"])
+            rows[i] = rows[i]._replace(to_x=to_x, learned=learned)
     return plan._replace(solver=Written(tuple(rows)))
 
 
@@ -156,10 +158,13 @@ def _one_down(k: int, betas: Tensor, products: Tensor) -> dict[str, float]:
 def _ancestral(table: Table, steps: list[int], variance: str, kind: Prediction, bound: Clip | None) -> Plan:
     path, times = table.path(steps), (*(table.at(k) for k in steps), CLEAN)
     rows = list(DDPM(variance).rows(path, times))
-    if variance == "fixed_large" and steps[-1] > 0:
+    if variance != "fixed_small" and steps[-1] > 0:
         last = rows[-1]
-        noisy = dict(last.to_x) | {"n1": path.alpha_sigma(last.t)[1]}
-        rows[-1] = last._replace(to_x=noisy, draws=(len(rows) - 1, None))
+        large = path.alpha_sigma(last.t)[1]
+        small = large if variance == "fixed_large" else SMALLEST
+        rows[-1] = last._replace(
+            to_x=dict(last.to_x) | {"n1": small}, draws=(len(rows) - 1, None), learned=0.5 * math.log(large / small)
+        )
     return Plan(path, kind, Written(tuple(rows)), times, clip=bound)
 
 

@@ -25,7 +25,7 @@ from fastdiff.sampling.grid.published import (
     oss_flux,
     oss_wan,
 )
-from fastdiff.sampling.grid.straight import dynamic_shift, linear_quadratic, shift_time, shifted
+from fastdiff.sampling.grid.straight import dynamic_shift, linear_quadratic, perflow, shift_time, shifted
 from fastdiff.sampling.grid.trained import lcm, leading, linspace, quadratic, trailing
 
 GRIDS: dict[str, Grid] = {
@@ -45,6 +45,7 @@ GRIDS: dict[str, Grid] = {
     "lcm": lcm,
     "shifted": shifted,
     "linear_quadratic": linear_quadratic,
+    "perflow": perflow,
     "ays_sd15": ays_sd15,
     "ays_sdxl": ays_sdxl,
     "ays_svd": ays_svd,
@@ -78,6 +79,7 @@ __all__ = [
     "log_snr_uniform",
     "oss_flux",
     "oss_wan",
+    "perflow",
     "polyexponential",
     "quadratic",
     "shift_time",

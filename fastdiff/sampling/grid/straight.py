@@ -99,6 +99,28 @@ def linear_quadratic(path: Path, n: int, threshold: float = 0.025, linear_steps:
     return falling(path, [*(1 - value for value in gone), path.t_end], n)
 
 
+def perflow(path: Path, n: int, windows: int = 4) -> Times:
+    """Equal steps inside each of the equal windows of a PeRFlow network, in whole thousandths.
+
+    Where ``n`` is no multiple of ``windows`` the first windows have one step more.
+
+    Args:
+        path: the straight path.
+        n: steps, at least one for each window.
+        windows: as many as the network was trained with.
+
+    Source: Yan et al. 2024, arXiv:2405.07510; the times are those of the authors' scheduler.
+    """
+    _need_straight(path, n)
+    if windows < 1:
+        raise PlanError(f"windows is {windows!r}; allowed: 1 or more")
+    if n < windows:
+        raise PlanError(f"num_inference_steps is {n}; allowed: {windows} or more, a step for each window")
+    counts = [n // windows + (i < n % windows) for i in range(windows)]
+    times = [1 - (i + j / count) / windows for i, count in enumerate(counts) for j in range(count)]
+    return falling(path, [*(math.floor(1000 * t + 1e-6) / 1000 for t in times), path.t_end], n)
+
+
 def _need_straight(path: Path, n: int) -> None:
     need_steps(n)
     if not isinstance(path, RectifiedFlow) or (path.t_start, path.t_end) != (1.0, 0.0):

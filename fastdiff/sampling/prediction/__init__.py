@@ -18,6 +18,7 @@ from fastdiff.sampling.prediction.one_time import (
     V,
     Velocity,
 )
+from fastdiff.sampling.prediction.perflow import PeRFlow
 
 PREDICTIONS: dict[str, Prediction] = {
     "eps": Eps(),
@@ -34,6 +35,7 @@ PREDICTIONS: dict[str, Prediction] = {
     "consistency": Consistency(),
     "lcm": LCM(),
     "scm": SCM(),
+    "perflow": PeRFlow(),
 }
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "EDMPreconditioned",
     "Eps",
     "MeanVelocity",
+    "PeRFlow",
     "Prediction",
     "Score",
     "Shortcut",

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 
 from fastdiff.errors import PlanError
-from fastdiff.sampling.path import Path
+from fastdiff.sampling.path import Path, RectifiedFlow
 from fastdiff.sampling.prediction.base import (
     Coefficients,
     Prediction,
@@ -78,26 +78,45 @@ class DirectMap:
         raise PlanError("a direct map is not learned by regression at one time: train 'velocity' and distil")
 
 
+IMM_FORMS = ("simple_edm", "identity", "euler_fm")
+
+
 @dataclass(frozen=True)
 class IMM:
-    """Inductive moment matching: the jump is a first-order step with ``D``, in TrigFlow's preconditioning.
+    """Inductive moment matching: a jump from ``t`` to ``s`` in one of the paper's three forms.
 
-    This is the paper's Simple-EDM form. The paper draws noise with the standard deviation of the data: divide the data
-    by it, and both are 1 on the straight path.
+    - ``"simple_edm"``: a first-order step with ``D`` in TrigFlow's preconditioning.
+    - ``"identity"``: a first-order step with the network's output as ``D``.
+    - ``"euler_fm"``: the output is the mean velocity, ``x_s = x_t - (t - s) sigma_data F``; on the straight path only.
+
+    The paper draws noise with the standard deviation of the data: divide the data by it, and both are 1.
 
     Source: Zhou et al. 2025, arXiv:2503.07565, sec. 5.
     """
 
     sigma_data: float = 1.0
+    form: str = "simple_edm"
     two_time: bool = field(default=True, init=False)
     jumps: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        if self.form not in IMM_FORMS:
+            raise PlanError(f"form is {self.form!r}; allowed: {', '.join(map(repr, IMM_FORMS))}")
 
     def coefficients(self, path: Path, t: float, s: float) -> Coefficients:
         if s == t:
             raise PlanError(f"an IMM network is not trained at s = t = {t!r}: give it a target below t")
         scale, cos, sin = angle(path, t, self.sigma_data)
-        data = self.sigma_data
-        return Coefficients(1 / (data * scale), cos / scale, -sin * data, *both_times(path, t, s))
+        data, told = self.sigma_data, both_times(path, t, s)
+        alpha, sigma = path.alpha_sigma(t)
+        if self.form == "simple_edm":
+            return Coefficients(1 / (data * scale), cos / scale, -sin * data, *told)
+        c_in = 1 / (data * math.hypot(alpha, sigma))
+        if self.form == "identity":
+            return Coefficients(c_in, 0.0, 1.0, *told)
+        if not isinstance(path, RectifiedFlow):
+            raise PlanError(f"IMM's form 'euler_fm' is for the 'straight' path; this one is {path!r}")
+        return Coefficients(c_in, *landing(path, t, s, 1.0, (s - t) * data), *told)
 
     def target(self, path: Path, t: float) -> Target:
         raise PlanError("an IMM network matches moments of whole batches; there is no target for one image")

@@ -26,6 +26,7 @@ class Row(NamedTuple):
     to_history: Weights | None = None  # None: nothing is pushed
     ends: bool = True  # a step of the solver ends here (previews, counters)
     draws: tuple[int | None, int | None] = (None, None)  # which draws n1 and n2 are; stages may share one
+    learned: float = 0.0  # n1 is multiplied by e^(learned (1 + v)), v in [-1, 1] from the network's second half
 
 
 class Solver(Protocol):
