@@ -156,7 +156,8 @@ def generate(options: argparse.Namespace) -> int:
 def read_latents(file: Path) -> torch.Tensor:
     """Read starting noise from a ``.npy`` file; nothing in it is unpickled."""
     try:
-        array = np.load(file, allow_pickle=False)
+        with file.open("rb") as stream:  # numpy leaves a file that it opened and could not read open
+            array = np.load(stream, allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise ArtifactError(f"{file}: need a .npy file of numbers ({error})") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":

@@ -144,7 +144,8 @@ def test_the_plain_function_serves_fastdiff_sample():
     assert torch.allclose(got.double(), data.flow(RectifiedFlow(), x.double(), 1.0, 0.0), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [name for name, prediction in PREDICTIONS.items() if prediction.jumps])
+# the windows of perflow are its own: its states are not on the path that it is walked on
+@pytest.mark.parametrize("kind", [name for name, p in PREDICTIONS.items() if p.jumps and name != "perflow"])
 @pytest.mark.parametrize("data", GAUSSIANS.values(), ids=GAUSSIANS)
 def test_the_exact_jump_lands_on_the_flow(kind, data):
     path, prediction, x = linear_betas(), PREDICTIONS[kind], _x()

@@ -105,6 +105,11 @@ def _pickled(file):
     np.save(file, np.array([{"a": 1}, None], dtype=object), allow_pickle=True)
 
 
+def _archive(file):
+    with file.open("wb") as stream:
+        np.savez(stream, noise=np.zeros((1, 1, 8, 8)))
+
+
 def _huge(file):
     """A header that promises 4 PiB."""
     header = str({"descr": "<f4", "fortran_order": False, "shape": (2**50,)}).ljust(117).encode() + b"\n"
@@ -120,7 +125,7 @@ LATENTS = {
     "records": lambda file: np.save(file, np.zeros((1, 1, 8, 8), [("a", "f4"), ("b", "f4")])),
     "pickled": _pickled,
     "huge": _huge,
-    "archive": lambda file: np.savez(file.open("wb"), noise=np.zeros((1, 1, 8, 8))),
+    "archive": _archive,
     "broken archive": lambda file: file.write_bytes(b"PK\x03\x04 and then nothing"),
     "empty": lambda file: file.write_bytes(b""),
     "text": lambda file: file.write_text("1 2 3\n4 5 6\n"),
@@ -329,7 +334,8 @@ def test_train_refuses_data_that_is_not_as_described(trained, tmp_path, out, cap
     if kind in DATA:
         np.savez(file, **DATA[kind])
     elif kind == "array":
-        np.save(file.open("wb"), IMAGES)
+        with file.open("wb") as stream:
+            np.save(stream, IMAGES)
     elif kind == "broken":
         file.write_bytes(file.read_bytes()[:400])
     else:

@@ -32,7 +32,8 @@ def load_images(file: Path, size: int, split: str = "train") -> Images:
         ArtifactError: if the file or one of its arrays is missing or not as described.
     """
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        # numpy leaves a file that it opened and could not read open
+        with Path(file).open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
     except (OSError, ValueError, KeyError, EOFError, MemoryError, TypeError, zipfile.BadZipFile) as error:
         raise ArtifactError(f"{file}: need an .npz with {split}_images and {split}_labels ({error})") from error
