@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -35,19 +36,17 @@ from fastdiff.sampling.solvers import Row
 from fastdiff.sampling.table import build
 
 BUDGETS = (4, 6, 8, 10, 20)
-SCOUTS = ("dpmpp_2m", "unipc", "deis", "ipndm", "gradient_estimation")  # they choose the grids for all others
-LOWEST = (0.002, 0.03)  # of the noise levels: the field's usual ones
-KEPT = 6  # grids kept for each budget
+SCOUTS = ("unipc", "ipndm", "gradient_estimation")  # they choose the grids for all others
+KEPT = 4  # grids kept for each budget
 PURE = 50.0  # sigma / alpha from which on a state is noise for all purposes
 
 
 class Problem(NamedTuple):
-    """One ODE, its starting noise and its solution."""
+    """One ODE, where to start it and its solution."""
 
     name: str
     kind: str  # of diffusers' schedulers: "vp" or "flow"
     path: Path
-    start: Tensor  # [B, C, H, W] float32, at the path's t_start
     truth: Tensor  # [B, C, H, W]
     uncertainty: float  # relative difference to a coarser solution
     denoised: Denoised
@@ -91,7 +90,6 @@ def digits_mixture(count: int = 32) -> Problem:
         "mixture fitted to digits",
         "vp",
         path,
-        start,
         truth,
         float((coarse - truth).square().mean().sqrt() / truth.square().mean().sqrt()),
         lambda x, alpha, sigma: data.denoised(x.double(), alpha, sigma).to(x.dtype),
@@ -136,14 +134,14 @@ def digits_unet(count: int = 4, steps: int = 2048) -> Problem:
         return solve(t, 16).float()
 
     def first(alpha: float, sigma: float) -> Tensor:
-        """Peers that cannot start at pure noise are handed the solution where they do start."""
+        """Walks that start just below pure noise, ours and peers', are handed the solution there."""
         t = sigma / (alpha + sigma)
         state = arrived(t) if t < 1 and sigma >= PURE * alpha else start
         return state * (alpha + sigma)
 
     truth, coarse = solve(0.0, steps), solve(0.0, steps // 2)
     uncertainty = float((coarse - truth).square().mean().sqrt() / truth.square().mean().sqrt())
-    return Problem("trained UNet", "flow", path, start, truth, uncertainty, denoised, first, 160.0)
+    return Problem("trained UNet", "flow", path, truth, uncertainty, denoised, first, 160.0)
 
 
 # --- this library ---------------------------------------------------------------------------------------------------
@@ -163,17 +161,16 @@ class _Asked:
 
 
 def grids() -> dict[str, Grid]:
-    """Our grids; those with a lowest noise level also with the usual ones, the shifted one with every shift."""
+    """Our grids, those with a lowest noise level also with the usual ones; every shift, with several ends."""
     found: dict[str, Grid] = {}
     for name, grid in GRIDS.items():
         found[name] = grid
         if "sigma_min" in inspect.signature(grid).parameters:
-            for low in LOWEST:
+            for low in (0.002, 0.03):
                 found[f"{name} from {low}"] = functools.partial(grid, sigma_min=low)
-    for shift in SHIFTS:
-        for low in (None, *LOWEST):
-            grid = functools.partial(GRIDS["shifted"], shift=shift, t_last=low)
-            found[f"shift {shift:g}" + (f" from {low}" if low else "")] = grid
+    for shift, first, last in itertools.product(SHIFTS, (1.0, 0.999), (None, 0.03)):
+        ends = ("" if first == 1 else f" below {first}") + ("" if last is None else f" from {last}")
+        found[f"shift {shift:g}{ends}"] = functools.partial(GRIDS["shifted"], shift=shift, t_first=first, t_last=last)
     return found
 
 
@@ -199,7 +196,8 @@ def ours(problem: Problem, variant: Variant, grid: Grid, budget: int) -> Run | N
             continue  # the grid is not for this path, or not for this many steps
         if len(rows) <= budget:
             table = build(problem.path, X0(), variant.solver, times)
-            x = sample(NetworkDenoiser(_Asked(problem, rows)), problem.start, table, None, None)
+            x = problem.first(*problem.path.alpha_sigma(times[0]))  # as the peers start
+            x = sample(NetworkDenoiser(_Asked(problem, rows)), x, table, None, None)
             return Run(x, len(rows))
     return None
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.models.weights import write_text
+from fastdiff.models.files import write_text
 
 LIBRARIES = ("torch", "triton", "onnx", "onnxruntime", "diffusers", "numpy", "fastdiff")
 # What decides which code path a CPU library takes for convolutions and matrix products.

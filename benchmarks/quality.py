@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.errors import ArtifactError, PlanError, ShapeError
-from fastdiff.models.weights import load_strictly, read_json, read_tensors
+from fastdiff.models.files import read_json, read_tensors
+from fastdiff.models.weights import load_strictly
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS, MOMENTS, FIGURES = "classifier.safetensors", "reference.safetensors", "reference.json"

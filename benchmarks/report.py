@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fastdiff.benchmarks.table import BATCH, PEER
-from fastdiff.models.weights import write_text
+from fastdiff.models.files import write_text
 from fastdiff.pipeline import Pipeline
 
 NAMES = {"euler": "Euler", "ddim": "Euler (DDIM)", "dpmpp_2m": "DPM++ 2M", "flow_map": "flow map"}

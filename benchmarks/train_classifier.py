@@ -30,7 +30,7 @@ from fastdiff.benchmarks.quality import (
     quantiles,
 )
 from fastdiff.errors import PlanError
-from fastdiff.models.weights import sha256, write_tensors, write_text
+from fastdiff.models.files import sha256, write_tensors, write_text
 from fastdiff.training import Images, load_images
 
 HELD_OUT = 5000  # the last training images; the bundled diffusion models leave out the same ones

@@ -327,6 +327,20 @@ def test_perflow_takes_equal_steps_in_equal_windows():
     assert perflow(RectifiedFlow(), 7, windows=3) == (1.0, 0.888, 0.777, 0.666, 0.5, 0.333, 0.166, 0.0)
 
 
+@pytest.mark.parametrize("shift", [1.0, 1.5, 3.0])
+def test_multistep_levels_of_the_straight_path_are_diffusers_own(shift):
+    options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+    scheduler = _diffusers().UniPCMultistepScheduler(**options)
+    for n in (1, 4, 10, 33):
+        scheduler.set_timesteps(n)
+        times = shifted(RectifiedFlow(), n, shift=shift, t_last=1 - 0.999 * (n - 1) / n if n > 1 else None)
+        assert times == pytest.approx(scheduler.sigmas.tolist(), abs=2e-6)  # theirs begin at 1 - 1e-6
+
+
+def test_a_walk_may_start_below_pure_noise():
+    assert shifted(RectifiedFlow(), 4, shift=1.0, t_first=0.8) == pytest.approx((0.8, 0.6, 0.4, 0.2, 0.0))
+
+
 def test_shift_multiplies_the_noise_ratio():
     for t in (0.0, 0.2, 0.9, 1.0):
         moved = shift_time(t, 3.0)
@@ -405,6 +419,7 @@ BAD = [
     (lambda: shifted(linear_betas(), 5), "made for the straight path"),
     (lambda: shifted(RectifiedFlow(), 5, shift=0.0), "shift is 0.0"),
     (lambda: shifted(RectifiedFlow(), 5, t_last=1.0), "t_last is 1.0"),
+    (lambda: shifted(RectifiedFlow(), 5, t_first=1.1), "t_first is 1.1"),
     (lambda: dynamic_shift(0), "length is 0"),
     (lambda: dynamic_shift(1, base_shift=0.0, linear=True), "mu is"),
     (lambda: linear_quadratic(EDM(), 5), "made for the straight path"),

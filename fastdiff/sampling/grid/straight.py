@@ -51,25 +51,29 @@ def dynamic_shift(
     return mu if linear else math.exp(mu)
 
 
-def shifted(path: Path, n: int, shift: float = 3.0, t_last: float | None = None) -> Times:
+def shifted(path: Path, n: int, shift: float = 3.0, t_last: float | None = None, t_first: float = 1.0) -> Times:
     """Equal steps on the straight path, moved towards noise by ``shift_time``.
 
     Args:
         path: the straight path.
         n: steps.
         shift: 1 moves nothing; 3 is Stable Diffusion 3's. ``dynamic_shift`` computes Flux's.
-        t_last: the last time above 0, before the shift; 1 / n by default, as Flux does it. Diffusers' scheduler
-            with a static shift, left alone, takes ``shift_time(1 / 1000, shift)``.
+        t_last: the last time above 0, before the shift; 1 / n of the first by default, as Flux does it. Diffusers'
+            Euler scheduler with a static shift, left alone, takes ``shift_time(1 / 1000, shift)``.
+        t_first: the first time, before the shift. At 1, pure noise, the log-SNR is infinite, so that a multistep solver
+            learns nothing from its first step; just below, say at 0.999, it does.
 
     Source: Esser et al. 2024, arXiv:2403.03206, eq. 23.
     """
     _need_straight(path, n)
-    last = 1 / n if t_last is None else t_last
+    if not 0.5 <= t_first <= 1:
+        raise PlanError(f"t_first is {t_first!r}; allowed: 0.5 to 1")
+    last = t_first / n if t_last is None else t_last
     if not 0 < shift < math.inf:
         raise PlanError(f"shift is {shift!r}; allowed: above 0")
-    if not 0 < last < 1 and n > 1:
-        raise PlanError(f"t_last is {last!r}; allowed: inside (0, 1)")
-    times = [shift_time(1 - (1 - last) * i / max(n - 1, 1), shift) for i in range(n)]
+    if not 0 < last < t_first and n > 1:
+        raise PlanError(f"t_last is {last!r}; allowed: above 0, below {t_first:g}")
+    times = [shift_time(t_first - (t_first - last) * i / max(n - 1, 1), shift) for i in range(n)]
     return falling(path, [*times, path.t_end], n)
 
 
