@@ -102,7 +102,7 @@ def _toy() -> accuracy.Problem:
     start = torch.randn(4, 1, 1, 4, generator=torch.Generator().manual_seed(0))
     z = orders.exact(data, start.double() / alpha, math.log(sigma / alpha), -9.0, 0.3)
     return accuracy.Problem(
-        "toy", "vp", path, start, data.denoised(z, 1.0, math.exp(-9.0)), 0.0,
+        "toy", "vp", path, data.denoised(z, 1.0, math.exp(-9.0)), 0.0,
         lambda x, a, s: data.denoised(x.double(), a, s).to(x.dtype),
         lambda a, s: start * (a * a + s * s) ** 0.5, sigma / alpha,
     )  # fmt: skip
