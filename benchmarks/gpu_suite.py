@@ -45,8 +45,9 @@ from fastdiff.benchmarks.environment import (
     write_json,
 )
 from fastdiff.kernels import REFERENCE, Ops, triton_ops
+from fastdiff.models.files import read_json
 from fastdiff.models.unet import UNet
-from fastdiff.models.weights import load_model, read_json
+from fastdiff.models.weights import load_model
 from fastdiff.pipeline import Pipeline, resolve
 from fastdiff.sampling.denoiser import CallableNetwork
 from fastdiff.sampling.solvers import SOLVERS

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from fastdiff.artifact import Manifest, save_manifest
 from fastdiff.errors import ArtifactError, PlanError, ShapeError
 from fastdiff.export.parity import measure
+from fastdiff.models.files import sha256
 from fastdiff.models.unet import UNet
-from fastdiff.models.weights import Model, fingerprint, sha256
+from fastdiff.models.weights import Model, fingerprint
 from fastdiff.sampling.denoiser import CallableNetwork, Cond
 from fastdiff.sampling.loop import sample
 from fastdiff.sampling.parts import initial_scale, make_solver, make_times, plan

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff.errors import ArtifactError
-from fastdiff.models.weights import read_json, sha256, write_text
+from fastdiff.models.files import read_json, sha256, write_text
 
 
 @dataclass(frozen=True)

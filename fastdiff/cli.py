@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from fastdiff.backends import BACKENDS
 from fastdiff.errors import ArtifactError, BackendError, FastdiffError, PlanError
-from fastdiff.models.unet import UNetConfig
-from fastdiff.models.weights import ModelInfo, load_model, read_json, sha256
+from fastdiff.models.config import UNetConfig
+from fastdiff.models.files import read_json
+from fastdiff.models.weights import ModelInfo, fingerprint, load_model
 from fastdiff.pipeline import Pipeline, resolve
 from fastdiff.sampling import GRIDS, GUIDANCES, PATHS, SOLVERS
 from fastdiff.training import LOSSES, TrainConfig, Trainer, load_images
@@ -323,7 +324,7 @@ def inspect(options: argparse.Namespace) -> int:
         info, config = loaded.info, loaded.network.config
         report = {
             "folder": str(folder),
-            "sha256": sha256(folder / "diffusion_pytorch_model.safetensors"),
+            "sha256": fingerprint(folder),
             "parameters": sum(p.numel() for p in loaded.network.parameters()),
             "input": [config.in_channels, config.sample_size, config.sample_size],
             "block_out_channels": list(config.block_out_channels),

@@ -5,36 +5,35 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fastdiff.backends import Spec, load_backend
-from fastdiff.errors import ArtifactError, PlanError, ShapeError
-from fastdiff.models.weights import WEIGHTS, Model, load_model, sha256
+from fastdiff.errors import ArtifactError, BackendError, PlanError, ShapeError
+from fastdiff.images import Output, to_images
+from fastdiff.integrations.schedulers import Sampler, from_diffusers_scheduler
+from fastdiff.models.files import inside, read_json
+from fastdiff.models.weights import MANIFEST, Model, ModelInfo, fingerprint, load_model, load_unet
 from fastdiff.sampling.clipping import Clip
 from fastdiff.sampling.denoiser import Cond, Network
 from fastdiff.sampling.guidance import Rule
 from fastdiff.sampling.loop import State
 from fastdiff.sampling.parts import Generators
 from fastdiff.sampling.path import PATHS
-from fastdiff.sampling.prediction import PREDICTIONS
+from fastdiff.sampling.path import Path as NoisePath
+from fastdiff.sampling.prediction import PREDICTIONS, Prediction
 from fastdiff.sampling.run import sample
 from fastdiff.sampling.solvers import Solver
 from fastdiff.sampling.steering import Interval, Strength
+from fastdiff.text_to_image import TextToImage, load_folder, load_single_file
 
 BUNDLED = Path(__file__).parent / "bundled"
 MAX_BATCH = 4096
+INDEX = "model_index.json"
+UNCONDITIONAL = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 OUTPUTS = ("pil", "pt", "np")
-
-
-class Output(NamedTuple):
-    """What a pipeline returns; ``images`` is a list of PIL images, or an array of all of them."""
-
-    images: Any
 
 
 def resolve(model: str | os.PathLike[str]) -> Path:
@@ -58,11 +57,17 @@ class Pipeline:
         model: network and meaning.
         network: the same network in its backend.
         device: where the loop runs.
+        sampler: what to walk with unless a call names another; a diffusers folder brings its scheduler.
     """
 
-    def __init__(self, model: Model, network: Network, device: torch.device):
-        self.model, self.network, self.device = model, network, device
-        self.path, self.prediction = PATHS[model.info.path](), PREDICTIONS[model.info.prediction]
+    def __init__(self, model: Model, network: Network, device: torch.device, sampler: Sampler | None = None):
+        self.model, self.network, self.device, self.sampler = model, network, device, sampler
+        self.path: NoisePath
+        self.prediction: Prediction
+        if sampler is not None:
+            self.path, self.prediction = sampler.trained()
+        else:
+            self.path, self.prediction = PATHS[model.info.path](), PREDICTIONS[model.info.prediction]
 
     @classmethod
     def from_pretrained(
@@ -73,21 +78,30 @@ class Pipeline:
         dtype: torch.dtype = torch.float32,
         backend: str = "eager",
         artifact: str | os.PathLike[str] | None = None,
-    ) -> Pipeline:
-        """Load a model folder, or a bundled model by name (``"digits"``).
+        controlnet: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+        variant: str | None = None,
+        allow_pickle: bool = False,
+    ) -> Pipeline | TextToImage:
+        """Load a model folder, a bundled model by name (``"digits"``), or a folder that diffusers saved.
 
         Args:
-            pretrained: the folder or the name.
+            pretrained: the folder or the name. Text-to-image folders give a ``TextToImage``.
             device: ``"cpu"`` or ``"cuda"``.
             dtype: what the network computes in; the loop itself is float32.
             backend: a name of ``fastdiff.backends.BACKENDS``.
             artifact: the exported file, for backends that run one; by default it is looked for in the folder.
+            controlnet: folders of ControlNets, for text-to-image models.
+            variant: which of several weights of a diffusers folder, such as ``"fp16"``.
+            allow_pickle: read pickled weights of a diffusers folder where there are no safetensors.
 
         Raises:
             ArtifactError: if the folder or the file is missing, damaged or foreign.
             BackendError: if the backend is unknown or cannot run here.
         """
-        model = load_model(resolve(pretrained))
+        folder = resolve(pretrained)
+        if (folder / INDEX).exists() and not (folder / MANIFEST).exists():
+            return cls._from_index(folder, device, dtype, backend, controlnet, variant, allow_pickle)
+        model = load_model(folder, variant=variant, allow_pickle=allow_pickle)
         for kind, name, table in (
             ("path", model.info.path, PATHS),
             ("prediction", model.info.prediction, PREDICTIONS),
@@ -98,9 +112,37 @@ class Pipeline:
         network = load_backend(backend, model, Spec(place, dtype, Path(artifact) if artifact else None))
         return cls(model, network, place)
 
+    @classmethod
+    def _from_index(
+        cls,
+        folder: Path,
+        device: str | torch.device,
+        dtype: torch.dtype,
+        backend: str,
+        controlnet: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        variant: str | None,
+        allow_pickle: bool,
+    ) -> Pipeline | TextToImage:
+        """Load what diffusers saved: an unconditional model, or text to image."""
+        name = read_json(inside(folder, INDEX)).get("_class_name")
+        how = {"variant": variant, "allow_pickle": allow_pickle}
+        if name not in UNCONDITIONAL:
+            if backend != "eager":
+                raise BackendError(f"backend is {backend!r}; text-to-image models run on 'eager'")
+            return load_folder(folder, controlnet=controlnet, device=device, dtype=dtype, **how)
+        sampler = from_diffusers_scheduler(inside(folder, "scheduler"))
+        place = torch.device(device)
+        model = Model(load_unet(inside(folder, "unet"), **how), ModelInfo(), folder / "unet")
+        return cls(model, load_backend(backend, model, Spec(place, dtype, None)), place, sampler)
+
+    @classmethod
+    def from_single_file(cls, file: str | os.PathLike[str], **options: Any) -> TextToImage:
+        """Load one original checkpoint of Stable Diffusion 1.x, 2.x or XL; see ``fastdiff.text_to_image``."""
+        return load_single_file(file, **options)
+
     def model_hash(self) -> str:
-        """The SHA-256 of the weights file."""
-        return sha256(self.model.folder / WEIGHTS) if self.model.folder else ""
+        """The SHA-256 of the weights, see ``fingerprint``."""
+        return fingerprint(self.model.folder) if self.model.folder else ""
 
     def __call__(
         self,
@@ -112,7 +154,7 @@ class Pipeline:
         guidance_rescale: float = 0.0,
         guidance_interval: Interval | None = None,
         guide: Pipeline | None = None,
-        sampler: str | Solver | None = None,
+        sampler: str | Solver | Sampler | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         generator: Generators | None = None,
@@ -137,7 +179,8 @@ class Pipeline:
             guidance_rescale: share of the guided output that is brought back to the conditional one's contrast.
             guidance_interval: noise levels ``sigma / alpha`` between which to guide.
             guide: a weaker model whose estimate takes the place of the unconditional one; it gets the same labels.
-            sampler: a name of ``SOLVERS``; by default ``flow_map`` where the network is one, else ``dpmpp_2m``.
+            sampler: a name of ``SOLVERS``, or of ``from_diffusers_scheduler``; by default the scheduler that came with
+                the model, ``flow_map`` where the network is one, else ``dpmpp_2m``.
             num_images_per_prompt: images for each label.
             seed: one for the batch (image ``i`` gets ``seed + i``), or one for each image. The same seed gives the
                 same image in any batch.
@@ -167,13 +210,14 @@ class Pipeline:
             if callback_on_step_end is not None:
                 callback_on_step_end(self, i, timestep, {"latents": state.x})
 
+        own = isinstance(chosen, Sampler)  # brings path, prediction and times
         x = sample(
             self.network,
             (batch, config.in_channels, config.sample_size, config.sample_size),
             num_inference_steps=steps,
             sampler=chosen,
-            path=self.path,
-            prediction=self.prediction,
+            path="straight" if own else self.path,
+            prediction="velocity" if own else self.prediction,
             cond=self._cond(labels),
             uncond=self._cond([info.null_label] * batch) if info.null_label is not None and guide is None else None,
             guidance_scale=info.guidance_scale if guidance_scale is None else guidance_scale,
@@ -195,9 +239,11 @@ class Pipeline:
         )
         return Output(to_images(x, info.crop, output_type))
 
-    def choose(self, sampler: str | Solver | None, num_inference_steps: int | None) -> tuple[str | Solver, int]:
+    def choose(
+        self, sampler: str | Solver | Sampler | None, num_inference_steps: int | None
+    ) -> tuple[str | Solver | Sampler, int]:
         """Return the sampler and the number of steps of a call, with the model's defaults where None is given."""
-        chosen = sampler or ("flow_map" if self.prediction.two_time else "dpmpp_2m")
+        chosen = sampler or self.sampler or ("flow_map" if self.prediction.two_time else "dpmpp_2m")
         steps = num_inference_steps if num_inference_steps is not None else 4 if chosen == "flow_map" else 20
         return chosen, steps
 
@@ -244,17 +290,3 @@ class Pipeline:
         if self.model.network.config.num_class_embeds is None:
             return Cond()
         return Cond(torch.tensor(labels, dtype=torch.int64, device=self.device))
-
-
-def to_images(x: Tensor, crop: int, output_type: str) -> Any:
-    """Turn samples ``[B, C, H, W]`` in [-1, 1] into what the caller asked for, less ``crop`` pixels on each side."""
-    if crop:
-        x = x[..., crop:-crop, crop:-crop]
-    x = (x / 2 + 0.5).clamp(0, 1)
-    if output_type == "pt":
-        return x
-    array = x.permute(0, 2, 3, 1).cpu().numpy()
-    if output_type == "np":
-        return array
-    pixels = (array * 255).round().astype(np.uint8)
-    return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.models.unet import TargetConfig, UNet, UNetConfig
+from fastdiff.models.config import UNetConfig
+from fastdiff.models.unet import TargetConfig, UNet
 from fastdiff.models.weights import Model, ModelInfo, save_model
 
 CLASSES = ("zero", "one", "two")

@@ -15,7 +15,8 @@ from small import SIZES, make_folder
 
 from fastdiff import training
 from fastdiff.cli import main
-from fastdiff.models.weights import CONFIG, WEIGHTS, load_model, sha256
+from fastdiff.models.files import sha256
+from fastdiff.models.weights import CONFIG, WEIGHTS, fingerprint, load_model
 
 
 def run(*arguments) -> int:
@@ -54,7 +55,7 @@ def test_generate_writes_pictures_that_say_how_they_were_made(model, out, capsys
         assert picture.size == (6, 6)
         facts = picture.text
     assert facts["seed"] == "8" and facts["sampler"] == "flow_map" and facts["steps"] == "4"
-    assert facts["model"] == sha256(model / WEIGHTS) and facts["software"] == "fastdiff"
+    assert facts["model"] == fingerprint(model) and facts["software"] == "fastdiff"
 
 
 def test_generate_draws_every_class_and_prints_one_json_object(model, out, capsys):
@@ -208,11 +209,11 @@ def test_help_works(command, capsys):
 def test_inspect(model, capsys):
     assert run("inspect", model) == 0
     text = capsys.readouterr().out
-    assert sha256(model / WEIGHTS) in text and "mean_velocity" in text
+    assert fingerprint(model) in text and "mean_velocity" in text
     assert run("inspect", model, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["flow_map"] is True and report["classes"] == ["zero", "one", "two"]
-    assert report["input"] == [1, 8, 8] and report["sha256"] == sha256(model / WEIGHTS)
+    assert report["input"] == [1, 8, 8] and report["sha256"] == fingerprint(model)
     assert report["parameters"] == sum(p.numel() for p in load_model(model).network.parameters())
 
 

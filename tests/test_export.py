@@ -23,7 +23,8 @@ from fastdiff.errors import ArtifactError, PlanError  # noqa: E402
 from fastdiff.export import onnx as exporter  # noqa: E402
 from fastdiff.export import parity  # noqa: E402
 from fastdiff.export.onnx import export_sampler, export_unet  # noqa: E402
-from fastdiff.models.weights import fingerprint, load_model, sha256  # noqa: E402
+from fastdiff.models.files import sha256  # noqa: E402
+from fastdiff.models.weights import fingerprint, load_model  # noqa: E402
 
 # One level: the exporter takes seconds for every evaluation it unrolls.
 ONE_LEVEL = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.fast
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"fastdiff": "fastdiff", "fastdiff.kernels": "kernels", "fastdiff.export": "export",
            "fastdiff.benchmarks": "benchmarks"}  # fmt: skip
-HEAVY = {"triton", "onnxruntime", "onnx", "onnxscript", "diffusers", "matplotlib"}
+HEAVY = {"triton", "onnxruntime", "onnx", "onnxscript", "diffusers", "transformers", "matplotlib"}
 # From the bottom up: a part imports from itself and from the parts named here, nothing else.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -26,8 +26,10 @@ ALLOWED: dict[str, set[str]] = {
     "backends": {"errors", "kernels", "sampling", "models", "artifact"},
     "export": {"errors", "kernels", "sampling", "models", "artifact", "backends"},
     "training": {"errors", "kernels", "sampling", "models"},
-    "pipeline": {"errors", "kernels", "sampling", "models", "backends"},
-    "integrations": {"errors", "kernels", "sampling"},
+    "integrations": {"errors", "kernels", "sampling", "models"},
+    "images": {"errors"},
+    "text_to_image": {"errors", "kernels", "sampling", "models", "backends", "integrations", "images"},
+    "pipeline": {"errors", "kernels", "sampling", "models", "backends", "integrations", "images", "text_to_image"},
     "": {"errors", "sampling", "pipeline", "training", "integrations"},  # the package's own public names
 }
 ALLOWED["benchmarks"] = set(ALLOWED) | {"cli"}
@@ -110,7 +112,7 @@ def test_build_time_parts_are_imported_inside_functions_of_cli_alone():
 
 def test_the_artifact_takes_only_file_helpers_from_models():
     targets = {a.target for a in OWN if a.module == "fastdiff.artifact" and part(a.target) == "models"}
-    assert targets == {"fastdiff.models.weights"}
+    assert targets == {"fastdiff.models.files"}
 
 
 def test_solvers_and_samplers_know_no_networks_and_no_files():

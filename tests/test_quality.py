@@ -23,7 +23,7 @@ from fastdiff.benchmarks.quality import (
     reference_moments,
 )
 from fastdiff.errors import FastdiffError, PlanError, ShapeError
-from fastdiff.models.weights import sha256
+from fastdiff.models.files import sha256
 
 pytestmark = pytest.mark.fast
 EXACT = 1e-10  # relative; what float64 leaves of a 128-wide eigenvalue problem

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff import training
 from fastdiff.errors import ArtifactError, PlanError
-from fastdiff.models.unet import UNetConfig
+from fastdiff.models.config import UNetConfig
 from fastdiff.models.weights import ModelInfo
 from fastdiff.sampling.analytic import Gaussian, Oracle
 from fastdiff.sampling.path import PATHS

@@ -12,20 +12,9 @@ from safetensors.torch import load_file, save_file
 from small import make_folder, make_model
 
 from fastdiff.errors import ArtifactError
-from fastdiff.models import weights
-from fastdiff.models.weights import (
-    CONFIG,
-    MANIFEST,
-    MAX_JSON_BYTES,
-    TARGET_WEIGHTS,
-    WEIGHTS,
-    load_model,
-    load_strictly,
-    read_json,
-    read_tensors,
-    save_model,
-    sha256,
-)
+from fastdiff.models import files
+from fastdiff.models.files import MAX_JSON_BYTES, read_json, read_tensors, sha256
+from fastdiff.models.weights import CONFIG, MANIFEST, TARGET_WEIGHTS, WEIGHTS, load_model, load_strictly, save_model
 
 pytestmark = pytest.mark.fast
 
@@ -89,9 +78,9 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(folder, monkey
         raise OSError("interrupted")
 
     if failing == "save_file":
-        monkeypatch.setattr(weights, "save_file", full)
+        monkeypatch.setattr(files, "save_file", full)
     else:
-        monkeypatch.setattr(weights.Path, "replace", stuck)
+        monkeypatch.setattr(files.Path, "replace", stuck)
     with pytest.raises(OSError):
         save_model(make_model(two_time=True, seed=1), folder, torch.float32)
     monkeypatch.undo()
@@ -149,7 +138,7 @@ def test_a_link_inside_the_folder_is_allowed(folder):
 
 def test_weights_of_another_network_are_refused(folder):
     save_file({"something.else": torch.zeros(3)}, folder / WEIGHTS)
-    assert "is missing" in refusal(folder)
+    assert "5 tensors; a network of these sizes has" in refusal(folder)
 
 
 def test_a_folder_that_is_none_is_refused(folder, tmp_path):
@@ -206,6 +195,13 @@ def test_json_of_another_encoding_or_size_is_refused(folder):
         {"target": {"channels": "8"}},
         {"target": {"scale": None}},
         {"target": 3},
+        {"target": False},
+        {"target": []},
+        {"training": 3},
+        {"classes": "abc"},
+        {"classes": [1]},
+        {"guidance_scale": 10**400},
+        {"x" * 5000: 1},
         {"classes": 3},
         {"null_label": 4},
         {"null_label": "3"},

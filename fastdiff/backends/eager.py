@@ -3,60 +3,119 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdiff.backends.base import Spec
-from fastdiff.errors import ArtifactError, BackendError
+from fastdiff.errors import ArtifactError, BackendError, PlanError
 from fastdiff.kernels import REFERENCE, triton_ops
-from fastdiff.models.unet import UNet
+from fastdiff.models.unet import Encoder, TokenPair, UNet
 from fastdiff.models.weights import Model
 from fastdiff.sampling.denoiser import Cond
 
+EMBEDDED = ("text_embeds", "time_ids", "timestep_cond")  # conditioning that becomes part of the time embedding
+TOKENS, CONCAT = "encoder_hidden_states", "concat"
+PARTS = (*EMBEDDED, TOKENS, CONCAT)
 
-class TimeRows(NamedTuple):
-    """Prepared: the time projections of every row, once for each different conditioning."""
 
-    rows: Tensor  # [U, R, P]
+class Prepared(NamedTuple):
+    """What does not depend on the image: for each place, or once for all places that share it."""
+
+    rows: Tensor  # [U, R, P], the time projections of every row
     place: Tensor  # [places] int64, which of the U a place uses
+    contexts: tuple[TokenPair, ...]  # keys and values of the text, [places, heads, tokens, d] each
+    concat: Tensor | None  # [places, C', H, W], joined to the scaled input (inpainting)
+
+    def at(self, row_index: Tensor) -> tuple[Tensor, list[TokenPair]]:
+        """The time rows ``[B, P]`` and contexts of the first ``B`` places, which stand at ``row_index [B]``."""
+        batch = row_index.shape[0]
+        rows = self.rows[self.place[:batch], row_index]
+        return rows, [(keys[:batch], values[:batch]) for keys, values in self.contexts]
+
+
+def prepare(network: Encoder, cond: Cond, times: Tensor) -> Prepared:
+    """Embed the times of every row and the conditioning of every place, each different one once.
+
+    Args:
+        network: a UNet, or the part of it that a ControlNet is.
+        cond: ``label``, and under diffusers' names ``encoder_hidden_states``, ``text_embeds``, ``time_ids``,
+            ``timestep_cond``; ``concat`` holds channels to join to the input.
+        times: ``[1 or places, R, 2]``.
+
+    Raises:
+        PlanError: naming conditioning that a UNet does not read.
+    """
+    extra = dict(cond.extra or {})
+    unknown = sorted(extra.keys() - set(PARTS))
+    if unknown:
+        raise PlanError(f"conditioning {', '.join(unknown)} is not read by a UNet; allowed: label, {', '.join(PARTS)}")
+    if network.config.conditional and TOKENS not in extra:
+        raise PlanError(f"this network reads text: give {TOKENS}, [B, tokens, width]")
+    dtype = network.conv_in.weight.dtype
+    told = {name: extra[name] for name in EMBEDDED if name in extra} | (
+        {} if cond.label is None else {"class_labels": cond.label}
+    )
+    rows = times.shape[1]
+    if told:
+        count = len(next(iter(told.values())))
+        place, chosen = _different(told, times, count)
+    else:
+        place, chosen = torch.zeros(times.shape[0], dtype=torch.int64, device=times.device), None
+        if times.shape[0] > 1:
+            place = torch.arange(times.shape[0], device=times.device)
+    kept = times.shape[0] if chosen is None else len(chosen)
+    flat = times.expand(kept, -1, -1).reshape(-1, 2)
+    parts = {name: value[chosen].repeat_interleave(rows, 0) for name, value in told.items()}
+    embedding = network.embed(flat[:, 0], parts.pop("class_labels", None), flat[:, 1], **parts)
+    time_rows = network.time_rows(embedding).view(kept, rows, -1)
+    contexts = tuple(network.contexts(extra[TOKENS].to(dtype))) if TOKENS in extra else ()
+    if not told and TOKENS in extra and times.shape[0] == 1:
+        place = place.expand(len(extra[TOKENS]))
+    return Prepared(time_rows, place, contexts, extra.get(CONCAT))
+
+
+def _different(told: dict[str, Tensor], times: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return which of the different conditionings each place uses, and a place of each."""
+    if times.shape[0] > 1:
+        every = torch.arange(count, device=times.device)
+        return every, every
+    keys = torch.cat([value.reshape(count, -1).double() for value in told.values()], dim=1)
+    different, place = keys.unique(dim=0, return_inverse=True)
+    first = torch.full((len(different),), count, device=place.device).scatter_reduce(
+        0, place, torch.arange(count, device=place.device), "amin"
+    )
+    return place, first
 
 
 class UNetNetwork:
-    """A ``UNet`` for the loop: times and labels are embedded in ``prepare``, only the trunk runs at each step.
+    """A ``UNet`` for the loop: times, labels and text are embedded in ``prepare``, only the trunk runs at each step.
 
     Args:
         unet: on its device.
         trunk: what to call for the trunk; ``unet.trunk``, or a compiled form of it.
     """
 
-    def __init__(self, unet: UNet, trunk: Callable[[Tensor, Tensor], Tensor] | None = None):
+    def __init__(self, unet: UNet, trunk: Callable[..., Tensor] | None = None):
         self.unet, self.trunk = unet, trunk or unet.trunk
         self.dtype = unet.conv_in.weight.dtype
 
-    def prepare(self, cond: Cond, times: Tensor) -> TimeRows:
-        """See ``Network.prepare``."""
-        places, rows = times.shape[0], times.shape[1]
-        labels = cond.label
-        if places == 1 and labels is not None:
-            different, place = labels.unique(return_inverse=True)
-        else:
-            different, place = labels, torch.arange(places, device=times.device)
-            if labels is None and places == 1:
-                place = torch.zeros(1, dtype=torch.int64, device=times.device)
-        count = places if different is None else different.shape[0]
-        flat = times.expand(count, -1, -1).reshape(-1, 2)
-        label = None if different is None else different.repeat_interleave(rows)
-        embedding = self.unet.embed(flat[:, 0], label, flat[:, 1])
-        return TimeRows(self.unet.time_rows(embedding).view(count, rows, -1), place)
+    def prepare(self, cond: Cond, times: Tensor) -> Prepared:
+        """See ``Network.prepare``; for the conditioning see ``prepare``."""
+        return prepare(self.unet, cond, times)
 
-    def __call__(self, x: Tensor, row_index: Tensor, prepared: TimeRows) -> Tensor:
-        """See ``Network.__call__``."""
-        place = prepared.place[: x.shape[0]]
-        x = x.to(self.dtype, memory_format=torch.channels_last)
-        return self.trunk(x, prepared.rows[place, row_index]).float()
+    def __call__(self, x: Tensor, row_index: Tensor, prepared: Prepared, control: Sequence[Tensor] = ()) -> Tensor:
+        """See ``Network.__call__``; ``control``: of ``UNet.trunk``."""
+        x = self.joined(x, prepared)
+        return self.trunk(x, *prepared.at(row_index), control).float()
+
+    def joined(self, x: Tensor, prepared: Prepared) -> Tensor:
+        """What the first convolution reads: the scaled state and, behind it, channels that no path scales."""
+        if prepared.concat is not None:
+            x = torch.cat([x, prepared.concat[: x.shape[0]].to(x.dtype)], dim=1)
+        return x.to(self.dtype, memory_format=torch.channels_last)
 
 
 def _place(model: Model, spec: Spec) -> UNet:

@@ -1,133 +1,25 @@
-"""The UNet of the field: ResNet blocks, attention, class and two-time conditioning, driven by its published config.
+"""The UNet of the field, driven by its published config: ``UNet2DModel`` and ``UNet2DConditionModel`` of diffusers.
 
-Parameter names are those of diffusers' ``UNet2DModel``, so published files load as they are. The forward pass is split
-where work stops depending on the image: ``embed`` and ``time_rows`` depend on times and labels alone and are computed
-once for a whole step table; ``trunk`` is what runs at every step.
+Parameter names are those of diffusers, so published files load as they are. The forward pass is split where work stops
+depending on the image: ``embed`` and ``time_rows`` depend on times and conditioning, ``contexts`` on the text alone;
+both are computed once for a whole run. ``trunk`` is what runs at every step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.errors import ArtifactError
+from fastdiff.errors import ShapeError
 from fastdiff.kernels import REFERENCE, Ops
+from fastdiff.models.config import Level, SelfAttention, Transformer, UNetConfig
 
-_DOWN = {"DownBlock2D": False, "AttnDownBlock2D": True}
-_UP = {"UpBlock2D": False, "AttnUpBlock2D": True}
-# What the config may say only in one way: anything else would change the arithmetic, so it is refused by name.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "center_input_sample": (False,),
-    "time_embedding_type": ("positional",),
-    "mid_block_type": ("UNetMidBlock2D",),
-    "mid_block_scale_factor": (1, 1.0),
-    "downsample_type": ("conv",),
-    "upsample_type": ("conv",),
-    "act_fn": ("silu", "swish"),
-    "class_embed_type": (None,),
-    "num_train_timesteps": (None, 1000),
-}
-
-
-@dataclass(frozen=True)
-class UNetConfig:
-    """The sizes of one UNet, under diffusers' names. ``from_dict`` refuses what it cannot honour."""
-
-    sample_size: int = 32
-    in_channels: int = 3
-    out_channels: int = 3
-    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
-    down_block_types: tuple[str, ...] = ("DownBlock2D",) + ("AttnDownBlock2D",) * 3
-    up_block_types: tuple[str, ...] = ("AttnUpBlock2D",) * 3 + ("UpBlock2D",)
-    layers_per_block: int = 2
-    time_embedding_dim: int | None = None
-    flip_sin_to_cos: bool = True
-    freq_shift: int = 0
-    attention_head_dim: int | None = 8
-    add_attention: bool = True
-    attn_norm_num_groups: int | None = None
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    resnet_time_scale_shift: str = "default"
-    num_class_embeds: int | None = None
-    downsample_padding: int = 1
-    dropout: float = 0.0
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> UNetConfig:
-        """Read a ``config.json``.
-
-        Raises:
-            ArtifactError: naming the first key whose value is unknown, damaged or not supported.
-        """
-        name = config.get("_class_name", "UNet2DModel")
-        if name != "UNet2DModel":
-            raise ArtifactError(f"config.json: _class_name is {name!r}; supported is 'UNet2DModel'")
-        known = {field.name for field in fields(cls)}
-        values: dict[str, Any] = {}
-        for key, value in config.items():
-            if key in known:
-                values[key] = tuple(value) if isinstance(value, list) else value
-            elif key in _FIXED:
-                if value not in _FIXED[key]:
-                    raise ArtifactError(f"config.json: {key} is {value!r}; supported: {_FIXED[key]}")
-            elif not key.startswith("_"):
-                raise ArtifactError(f"config.json: unknown key {key!r} (value {value!r})")
-        result = cls(**values)
-        result._check()
-        return result
-
-    def _check(self) -> None:
-        def need(condition: bool, key: str, allowed: str) -> None:
-            if not condition:
-                raise ArtifactError(f"config.json: {key} is {getattr(self, key)!r}; allowed: {allowed}")
-
-        def is_size(value: Any, most: int) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
-
-        for key, most in (("sample_size", 16384), ("in_channels", 4096), ("out_channels", 4096)):
-            need(is_size(getattr(self, key), most), key, f"a whole number from 1 to {most}")
-        for key, most in (("layers_per_block", 64), ("norm_num_groups", 4096)):
-            need(is_size(getattr(self, key), most), key, f"a whole number from 1 to {most}")
-        for key in ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds"):
-            value = getattr(self, key)
-            need(value is None or is_size(value, 1_000_000), key, "null or a whole number from 1 to 1000000")
-        channels = self.block_out_channels
-        need(
-            isinstance(channels, tuple) and 1 <= len(channels) <= 16,
-            "block_out_channels",
-            "a list of 1 to 16 sizes",
-        )
-        for value in channels:
-            fits = is_size(value, 65536) and value % self.norm_num_groups == 0
-            need(fits, "block_out_channels", f"multiples of norm_num_groups={self.norm_num_groups} up to 65536")
-            head = self.attention_head_dim or value
-            need(value % min(head, value) == 0, "attention_head_dim", "a divisor of every block's channels")
-        for key, table in (("down_block_types", _DOWN), ("up_block_types", _UP)):
-            types = getattr(self, key)
-            right = isinstance(types, tuple) and len(types) == len(channels)
-            right = right and all(isinstance(t, str) and t in table for t in types)
-            need(right, key, f"{len(channels)} of {sorted(table)}")
-        groups = self.attn_norm_num_groups
-        need(groups is None or channels[-1] % groups == 0, "attn_norm_num_groups", f"a divisor of {channels[-1]}")
-        for key in ("flip_sin_to_cos", "add_attention"):
-            need(isinstance(getattr(self, key), bool), key, "true or false")
-        need(self.resnet_time_scale_shift in ("default", "scale_shift"), "resnet_time_scale_shift",
-             "'default' or 'scale_shift'")  # fmt: skip
-        need(self.downsample_padding in (0, 1), "downsample_padding", "0 or 1")
-        need(isinstance(self.norm_eps, float) and 0 < self.norm_eps < 1, "norm_eps", "a number inside (0, 1)")
-        need(self.freq_shift in (0, 1), "freq_shift", "0 or 1")
-
-    @property
-    def embedding_dim(self) -> int:
-        """Width of the time embedding."""
-        return self.time_embedding_dim or 4 * self.block_out_channels[0]
+TokenPair = tuple[Tensor, Tensor]  # keys and values of the conditioning, [B, heads, tokens, d] each
 
 
 @dataclass(frozen=True)
@@ -153,23 +45,26 @@ def sinusoid(values: Tensor, dim: int, *, flip: bool = True, shift: float = 0, m
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear layers with a SiLU between them: ``[B, in] -> [B, out]``."""
+    """Two linear layers with a SiLU between them: ``[B, in] -> [B, out]``; ``condition`` is added to the input."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, condition: int | None = None):
         super().__init__()
         self.linear_1 = nn.Linear(in_channels, out_channels)
+        self.cond_proj = nn.Linear(condition, in_channels, bias=False) if condition else None
         self.linear_2 = nn.Linear(out_channels, out_channels)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, condition: Tensor | None = None) -> Tensor:
+        if self.cond_proj is not None and condition is not None:
+            features = features + self.cond_proj(condition)
         return self.linear_2(F.silu(self.linear_1(features)))
 
 
 class ResnetBlock(nn.Module):
-    """norm, SiLU, conv, time modulation, norm, SiLU, conv, plus the (projected) input."""
+    """norm, SiLU, conv, time modulation, norm, SiLU, conv, plus the (projected) input; may resample after its SiLU."""
 
-    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int):
+    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, resample: str | None = None):
         super().__init__()
-        self.groups, self.eps = config.norm_num_groups, config.norm_eps
+        self.groups, self.eps, self.resample = config.norm_num_groups, config.norm_eps, resample
         self.scale_shift = config.resnet_time_scale_shift == "scale_shift"
         self.norm1 = nn.GroupNorm(self.groups, in_channels, self.eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -180,8 +75,11 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, time_row: Tensor, ops: Ops) -> Tensor:
-        """``x [B, C, H, W]``, ``time_row [B, rows]`` (this block's slice of ``time_rows``) -> ``[B, C', H, W]``."""
-        h = self.conv1(ops.group_norm_silu(x, self.norm1.weight, self.norm1.bias, self.groups, self.eps))
+        """``x [B, C, H, W]``, ``time_row [B, rows]`` (this block's slice of ``time_rows``) -> ``[B, C', H', W']``."""
+        h = ops.group_norm_silu(x, self.norm1.weight, self.norm1.bias, self.groups, self.eps)
+        if self.resample is not None:
+            h, x = (resampled(part, self.resample) for part in (h, x))
+        h = self.conv1(h)
         scale = shift = None
         if self.scale_shift:
             scale, shift = time_row.chunk(2, dim=1)
@@ -192,32 +90,132 @@ class ResnetBlock(nn.Module):
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
-class Attention(nn.Module):
+def resampled(x: Tensor, how: str) -> Tensor:
+    """Halve ``[B, C, H, W]`` by means of 2x2 pixels (``"down"``), or double it by repetition (``"up"``)."""
+    return F.avg_pool2d(x, 2) if how == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def heads_of(tokens: Tensor, heads: int) -> Tensor:
+    """``[B, L, heads * d]`` -> ``[B, heads, L, d]``, a view."""
+    return tokens.view(*tokens.shape[:2], heads, -1).transpose(1, 2)
+
+
+class PixelAttention(nn.Module):
     """Self-attention over the pixels, with a residual."""
 
-    def __init__(self, config: UNetConfig, channels: int, groups: int | None):
+    def __init__(self, config: UNetConfig, channels: int, attention: SelfAttention):
         super().__init__()
-        self.heads = channels // min(config.attention_head_dim or channels, channels)
-        self.eps, self.groups = config.norm_eps, groups
+        self.heads, self.eps, groups = attention.heads, config.norm_eps, attention.groups
         self.group_norm = nn.GroupNorm(groups, channels, self.eps) if groups else None
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list, as published: `to_out.0`
 
-    def forward(self, x: Tensor, ops: Ops) -> Tensor:
-        """``[B, C, H, W] -> [B, C, H, W]``."""
+    def forward(self, x: Tensor, context: Iterator[TokenPair], ops: Ops) -> Tensor:
+        """``[B, C, H, W] -> [B, C, H, W]``; no context is read."""
         batch, channels, height, width = x.shape
         y = x
         if self.group_norm is not None:
             norm = self.group_norm
             y = ops.group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, self.eps, silu=False)
         tokens = y.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
-        q, k, v = (
-            project(tokens).view(batch, height * width, self.heads, -1).transpose(1, 2)
-            for project in (self.to_q, self.to_k, self.to_v)
-        )
+        q, k, v = (heads_of(project(tokens), self.heads) for project in (self.to_q, self.to_k, self.to_v))
         mixed = ops.attention(q, k, v).transpose(1, 2).reshape(batch, height * width, channels)
-        out = self.to_out[0](mixed).view(batch, height, width, channels).permute(0, 3, 1, 2)
-        return x + out
+        return x + self.to_out[0](mixed).view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+class TokenAttention(nn.Module):
+    """Attention of a transformer layer: of the pixels among themselves, or to the conditioning's tokens."""
+
+    def __init__(self, channels: int, context: int | None, heads: int, upcast: bool):
+        super().__init__()
+        self.heads, self.upcast, self.crosses = heads, upcast, context is not None
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k, self.to_v = (nn.Linear(context or channels, channels, bias=False) for _ in range(2))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def keys_values(self, tokens: Tensor) -> TokenPair:
+        """``[B, L, E]`` -> keys and values ``[B, heads, L, d]``."""
+        return heads_of(self.to_k(tokens), self.heads), heads_of(self.to_v(tokens), self.heads)
+
+    def forward(self, x: Tensor, context: Iterator[TokenPair], ops: Ops) -> Tensor:
+        """``[B, L, C] -> [B, L, C]``; takes its pair from ``context`` if it crosses."""
+        q, (k, v) = heads_of(self.to_q(x), self.heads), next(context) if self.crosses else self.keys_values(x)
+        if self.upcast and q.dtype != torch.float32:  # logits of these networks overflow float16
+            mixed = ops.attention(q.float(), k.float(), v.float()).to(q.dtype)
+        else:
+            mixed = ops.attention(q, k, v)
+        return self.to_out[0](mixed.transpose(1, 2).reshape(x.shape))
+
+
+class GEGLU(nn.Module):
+    """``[B, L, C]`` -> ``[B, L, inner]``: half of the projection, gated by GELU of the other half."""
+
+    def __init__(self, channels: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU and a projection; ``net.1`` is the dropout of training. Source: Shazeer 2020, arXiv:2002.05202, eq. 6."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerLayer(nn.Module):
+    """Attention, cross-attention and a feed-forward network, each with a norm before it and a residual."""
+
+    def __init__(self, channels: int, spec: Transformer, upcast: bool):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+        self.attn1 = TokenAttention(channels, spec.context if spec.only_cross else None, spec.heads, upcast)
+        self.attn2 = TokenAttention(channels, spec.context, spec.heads, upcast)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, context: Iterator[TokenPair], ops: Ops) -> Tensor:
+        """``[B, L, C] -> [B, L, C]``."""
+        x = x + self.attn1(self.norm1(x), context, ops)
+        x = x + self.attn2(self.norm2(x), context, ops)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer layers over the pixels, between two projections, with a residual.
+
+    Channels-last pixels are tokens already: neither the projections nor the layers move them.
+    """
+
+    def __init__(self, config: UNetConfig, channels: int, spec: Transformer):
+        super().__init__()
+        self.norm = nn.GroupNorm(config.norm_num_groups, channels, 1e-6)
+        linear = config.use_linear_projection
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        layers = (TransformerLayer(channels, spec, config.upcast_attention) for _ in range(spec.depth))
+        self.transformer_blocks = nn.ModuleList(layers)
+        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Iterator[TokenPair], ops: Ops) -> Tensor:
+        """``[B, C, H, W] -> [B, C, H, W]``."""
+        batch, channels, height, width = x.shape
+        norm = self.norm
+        y = ops.group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=False)
+        tokens = projected(self.proj_in, y.permute(0, 2, 3, 1).reshape(batch, height * width, channels))
+        for layer in self.transformer_blocks:
+            tokens = layer(tokens, context, ops)
+        return x + projected(self.proj_out, tokens).view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def projected(layer: nn.Module, tokens: Tensor) -> Tensor:
+    """Apply a linear layer, or a 1x1 convolution, which is the same, to ``[B, L, C]``."""
+    return F.linear(tokens, layer.weight.flatten(1), layer.bias)
 
 
 class Downsample(nn.Module):
@@ -234,95 +232,121 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a convolution."""
+    """Nearest-neighbour enlargement, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, H, W] -> [B, C, 2H, 2W]``."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """``[B, C, H, W] -> [B, C, *size]``."""
+        return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
 
 
 class Block(nn.Module):
-    """One resolution: ResNet blocks, attention after each where the config asks for it, then a resampling."""
+    """One resolution: ResNet blocks, attention after each where there is any, then a resampling.
 
-    def __init__(self, config: UNetConfig, sizes: list[tuple[int, int]], attend: bool, groups: int | None):
-        super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(config, a, b) for a, b in sizes)
-        self.attentions = nn.ModuleList(Attention(config, b, groups) for _, b in sizes) if attend else None
-
-
-class UNet(nn.Module):
-    """diffusers' ``UNet2DModel``, with an optional second time.
-
-    Args:
-        config: the sizes.
-        target: makes the network a flow map; its tensors, ``target_embedding.*``, live in a file of their own.
-        ops: the kernels to use; ``fastdiff.kernels.REFERENCE`` is plain torch.
+    The resampling is ``downsamplers.0`` or ``upsamplers.0``: a convolution, or a ResNet block that resamples.
     """
+
+    def __init__(self, config: UNetConfig, sizes: Sequence[tuple[int, int]], level: Level, way: str):
+        super().__init__()
+        out, spec = level.channels, level.attention
+        self.resnets = nn.ModuleList(ResnetBlock(config, a, b) for a, b in sizes)
+        self.attentions: nn.ModuleList | None = None
+        if spec is not None:
+            kind = SpatialTransformer if isinstance(spec, Transformer) else PixelAttention
+            # the middle block has two ResNet blocks around one attention
+            count = 1 if way == "middle" else len(sizes)
+            self.attentions = nn.ModuleList(kind(config, out, spec) for _ in range(count))
+        if level.resample == "resnet":
+            sampler: nn.Module = ResnetBlock(config, out, out, way)
+        else:
+            sampler = Downsample(out, config.downsample_padding) if way == "down" else Upsample(out)
+        if level.resample is not None:
+            setattr(self, f"{way}samplers", nn.ModuleList([sampler]))
+
+    def resampler(self) -> nn.Module | None:
+        """What comes after the ResNet blocks, if anything."""
+        for name in ("downsamplers", "upsamplers"):
+            if hasattr(self, name):
+                return getattr(self, name)[0]
+        return None
+
+    def all_resnets(self) -> list[ResnetBlock]:
+        """Its ResNet blocks in the order in which they run."""
+        sampler = self.resampler()
+        return [*self.resnets, *([sampler] if isinstance(sampler, ResnetBlock) else [])]
+
+
+class Encoder(nn.Module):
+    """The way down and the middle: what a UNet and a ControlNet share."""
 
     def __init__(self, config: UNetConfig, target: TargetConfig | None = None, ops: Ops = REFERENCE):
         super().__init__()
         self.config, self.target, self.ops = config, target, ops
         channels, wide = config.block_out_channels, config.embedding_dim
-        groups = config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(channels[0], wide)
-        labels = config.num_class_embeds
+        self.time_embedding = TimestepEmbedding(channels[0], wide, config.time_cond_proj_dim)
+        labels, added = config.num_class_embeds, config.projection_class_embeddings_input_dim
         self.class_embedding = nn.Embedding(labels, wide) if labels else None
+        self.add_embedding = TimestepEmbedding(added, wide) if config.addition_embed_type and added else None
         self.target_embedding = TimestepEmbedding(target.channels, wide) if target else None
-        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        skips, last = [channels[0]], channels[0]
-        for level, kind in enumerate(config.down_block_types):
-            out = channels[level]
-            sizes = [(last if i == 0 else out, out) for i in range(config.layers_per_block)]
-            block = Block(config, sizes, _DOWN[kind], groups)
-            skips += [out] * config.layers_per_block
-            if level < len(channels) - 1:
-                block.downsamplers = nn.ModuleList([Downsample(out, config.downsample_padding)])
-                skips.append(out)
-            self.down_blocks.append(block)
+        self.down_blocks = nn.ModuleList()
+        self.skips, last = [channels[0]], channels[0]  # channels of what is kept on the way down
+        for level in config.down_levels():
+            out = level.channels
+            sizes = [(last if i == 0 else out, out) for i in range(level.resnets)]
+            self.down_blocks.append(Block(config, sizes, level, "down"))
+            self.skips += [out] * (level.resnets + (level.resample is not None))
             last = out
-        # diffusers drops the norm of the middle attention under scale_shift unless the config names its groups
-        middle = config.attn_norm_num_groups or (groups if config.resnet_time_scale_shift == "default" else None)
-        self.mid_block = Block(config, [(last, last), (last, last)], False, None)
-        if config.add_attention:
-            self.mid_block.attentions = nn.ModuleList([Attention(config, last, middle)])
-        for level, kind in enumerate(config.up_block_types):
-            out = channels[-1 - level]
-            sizes = []
-            for _ in range(config.layers_per_block + 1):
-                sizes.append((last + skips.pop(), out))
-                last = out
-            block = Block(config, sizes, _UP[kind], groups)
-            if level < len(channels) - 1:
-                block.upsamplers = nn.ModuleList([Upsample(out)])
-            self.up_blocks.append(block)
-        self.conv_norm_out = nn.GroupNorm(groups, channels[0], config.norm_eps)
-        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        self.mid_block = Block(config, [(last, last)] * 2, Level(last, 2, config.middle(), None), "middle")
 
-    def embed(self, timestep: Tensor, class_labels: Tensor | None = None, target: Tensor | None = None) -> Tensor:
-        """Embed times and labels.
+    def embed(
+        self,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        target: Tensor | None = None,
+        *,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+    ) -> Tensor:
+        """Embed times and conditioning.
 
         Args:
             timestep: ``[B]``, in the units of training (``Path.timestep``).
             class_labels: ``[B]`` int64, or None for a network without classes.
             target: ``[B]``, where a flow map is to land, in the units of ``timestep``. None, or equal to ``timestep``,
                 gives exactly the one-time network.
+            text_embeds: ``[B, E]``, SDXL's pooled text.
+            time_ids: ``[B, 6]``, SDXL's sizes and crop.
+            timestep_cond: ``[B, E']``, the embedded guidance strength of an LCM.
 
         Returns:
             ``[B, embedding_dim]``.
+
+        Raises:
+            ShapeError: if the network needs conditioning that is not given.
         """
         config = self.config
         dtype = self.time_embedding.linear_1.weight.dtype
-        features = sinusoid(
-            timestep, config.block_out_channels[0], flip=config.flip_sin_to_cos, shift=config.freq_shift
-        )
-        embedding = self.time_embedding(features.to(dtype))
+
+        def features(values: Tensor, dim: int) -> Tensor:
+            return sinusoid(values, dim, flip=config.flip_sin_to_cos, shift=config.freq_shift).to(dtype)
+
+        embedding = self.time_embedding(features(timestep, config.block_out_channels[0]), timestep_cond)
         if self.class_embedding is not None:
+            if class_labels is None:
+                raise ShapeError(f"class_labels is None; needed: [B] labels from 0 to {config.num_class_embeds}")
             embedding = embedding + self.class_embedding(class_labels)
+        if self.add_embedding is not None:
+            if text_embeds is None or time_ids is None:
+                raise ShapeError(
+                    "text_embeds and time_ids are needed by a network with addition_embed_type 'text_time'"
+                )
+            sizes = features(time_ids.flatten(), config.addition_time_embed_dim or 0).view(len(time_ids), -1)
+            embedding = embedding + self.add_embedding(torch.cat([text_embeds.to(dtype), sizes], dim=1))
         if self.target_embedding is not None and target is not None:
             embedding = embedding + self._interval(timestep - target).to(dtype)
         return embedding
@@ -336,40 +360,112 @@ class UNet(nn.Module):
         # where, not the difference alone: a batched product may round the same row differently in two places
         return torch.where(interval[:, None] == 0, 0, values[:-1] - values[-1:])
 
+    def blocks(self) -> list[Block]:
+        """All blocks in the order in which they run."""
+        return [*self.down_blocks, self.mid_block]
+
     def time_rows(self, embedding: Tensor) -> Tensor:
         """Project an embedding ``[B, E]`` for every ResNet block: ``[B, P]``, their rows side by side."""
         activated = F.silu(embedding)
-        return torch.cat([resnet.time_emb_proj(activated) for resnet in self._resnets()], dim=1)
+        resnets = [resnet for block in self.blocks() for resnet in block.all_resnets()]
+        return torch.cat([resnet.time_emb_proj(activated) for resnet in resnets], dim=1)
 
-    def _resnets(self) -> list[ResnetBlock]:
-        blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
-        return [resnet for block in blocks for resnet in block.resnets]
+    def contexts(self, tokens: Tensor) -> list[TokenPair]:
+        """Keys and values of the conditioning's tokens ``[B, L, E]`` for every attention that reads them, in order."""
+        crossing = (
+            attention
+            for block in self.blocks()
+            for transformer in block.attentions or ()
+            for layer in getattr(transformer, "transformer_blocks", ())
+            for attention in (layer.attn1, layer.attn2)
+            if attention.crosses
+        )
+        return [attention.keys_values(tokens) for attention in crossing]
 
-    def trunk(self, x: Tensor, time_rows: Tensor) -> Tensor:
-        """The part that runs at every step: ``x [B, C, H, W]``, ``time_rows [B, P]`` -> ``[B, C', H, W]``."""
-        rows = iter(time_rows.split([resnet.rows for resnet in self._resnets()], dim=1))
-        x = self.conv_in(x)
+    def encode(self, x: Tensor, rows: Iterator[Tensor], context: Iterator[TokenPair]) -> tuple[Tensor, list[Tensor]]:
+        """Run down and through the middle, from what ``conv_in`` gave: the deepest features, and what is kept."""
         skips = [x]
         for block in self.down_blocks:
             for i, resnet in enumerate(block.resnets):
                 x = resnet(x, next(rows), self.ops)
                 if block.attentions is not None:
-                    x = block.attentions[i](x, self.ops)
+                    x = block.attentions[i](x, context, self.ops)
                 skips.append(x)
-            if hasattr(block, "downsamplers"):
-                x = block.downsamplers[0](x)
+            sampler = block.resampler()
+            if sampler is not None:
+                x = sampler(x, next(rows), self.ops) if isinstance(sampler, ResnetBlock) else sampler(x)
                 skips.append(x)
-        x = self.mid_block.resnets[0](x, next(rows), self.ops)
-        if self.mid_block.attentions is not None:
-            x = self.mid_block.attentions[0](x, self.ops)
-        x = self.mid_block.resnets[1](x, next(rows), self.ops)
+        middle = self.mid_block
+        x = middle.resnets[0](x, next(rows), self.ops)
+        if middle.attentions is not None:
+            x = middle.attentions[0](x, context, self.ops)
+        return middle.resnets[1](x, next(rows), self.ops), skips
+
+    def split_rows(self, time_rows: Tensor) -> Iterator[Tensor]:
+        """Each ResNet block's part of ``time_rows [B, P]``, in order."""
+        resnets = [resnet for block in self.blocks() for resnet in block.all_resnets()]
+        return iter(time_rows.split([resnet.rows for resnet in resnets], dim=1))
+
+
+class UNet(Encoder):
+    """diffusers' ``UNet2DModel`` or ``UNet2DConditionModel``, with an optional second time.
+
+    Args:
+        config: the sizes.
+        target: makes the network a flow map; its tensors, ``target_embedding.*``, live in a file of their own.
+        ops: the kernels to use; ``fastdiff.kernels.REFERENCE`` is plain torch.
+    """
+
+    def __init__(self, config: UNetConfig, target: TargetConfig | None = None, ops: Ops = REFERENCE):
+        super().__init__(config, target, ops)
+        channels, skips = config.block_out_channels, list(self.skips)
+        self.up_blocks, last = nn.ModuleList(), channels[-1]
+        for level in config.up_levels():
+            sizes = []
+            for _ in range(level.resnets):
+                sizes.append((last + skips.pop(), level.channels))
+                last = level.channels
+            self.up_blocks.append(Block(config, sizes, level, "up"))
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def blocks(self) -> list[Block]:
+        """All blocks in the order in which they run."""
+        return [*self.down_blocks, self.mid_block, *self.up_blocks]
+
+    def trunk(
+        self,
+        x: Tensor,
+        time_rows: Tensor,
+        contexts: Sequence[TokenPair] = (),
+        control: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """The part that runs at every step.
+
+        Args:
+            x: ``[B, C, H, W]``.
+            time_rows: ``[B, P]``, of ``time_rows``.
+            contexts: of ``contexts``; empty for a network without text.
+            control: ControlNet's residuals, added to what is kept on the way down and, the last one, to the middle.
+
+        Returns:
+            ``[B, C', H, W]``.
+        """
+        rows, context = self.split_rows(time_rows), iter(contexts)
+        x, skips = self.encode(self.conv_in(x), rows, context)
+        if control:
+            *down, middle = control
+            x, skips = x + middle, [skip + more for skip, more in zip(skips, down, strict=True)]
         for block in self.up_blocks:
             for i, resnet in enumerate(block.resnets):
                 x = resnet(torch.cat([x, skips.pop()], dim=1), next(rows), self.ops)
                 if block.attentions is not None:
-                    x = block.attentions[i](x, self.ops)
-            if hasattr(block, "upsamplers"):
-                x = block.upsamplers[0](x)
+                    x = block.attentions[i](x, context, self.ops)
+            sampler = block.resampler()
+            if isinstance(sampler, ResnetBlock):
+                x = sampler(x, next(rows), self.ops)
+            elif sampler is not None:
+                x = sampler(x, skips[-1].shape[2:])
         norm = self.conv_norm_out
         return self.conv_out(self.ops.group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps))
 
@@ -379,6 +475,16 @@ class UNet(nn.Module):
         timestep: Tensor,
         class_labels: Tensor | None = None,
         target: Tensor | None = None,
+        *,
+        encoder_hidden_states: Tensor | None = None,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        control: Sequence[Tensor] = (),
     ) -> Tensor:
-        """``sample [B, C, H, W]``, the rest as in ``embed`` -> ``[B, C', H, W]``."""
-        return self.trunk(sample, self.time_rows(self.embed(timestep, class_labels, target)))
+        """``sample [B, C, H, W]``, tokens ``[B, L, E]``, the rest as in ``embed`` and ``trunk``: ``[B, C', H, W]``."""
+        embedding = self.embed(
+            timestep, class_labels, target, text_embeds=text_embeds, time_ids=time_ids, timestep_cond=timestep_cond
+        )
+        contexts = [] if encoder_hidden_states is None else self.contexts(encoder_hidden_states)
+        return self.trunk(sample, self.time_rows(embedding), contexts, control)

@@ -1,4 +1,4 @@
-"""Model folders: safetensors and JSON in, model out. Nothing is unpickled, no code is imported from a folder.
+"""Model folders: safetensors and JSON in, model out. No code is imported from a folder, and none is run.
 
 A folder is what diffusers writes for a UNet (``config.json``, ``diffusion_pytorch_model.safetensors``) plus
 ``fastdiff.json``: which path and prediction the weights were trained for. A flow map's second time embedding lies in a
@@ -11,24 +11,37 @@ import hashlib
 import json
 import math
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdiff.errors import ArtifactError
-from fastdiff.models.unet import TargetConfig, UNet, UNetConfig
+from fastdiff.kernels import REFERENCE, Ops
+from fastdiff.models.config import Transformer, UNetConfig
+from fastdiff.models.files import (
+    find_weights,
+    inside,
+    read_json,
+    read_tensors,
+    sha256,
+    shown,
+    write_tensors,
+    write_text,
+)
+from fastdiff.models.unet import TargetConfig, UNet
 
 CONFIG, MANIFEST = "config.json", "fastdiff.json"
-WEIGHTS, TARGET_WEIGHTS = "diffusion_pytorch_model.safetensors", "target_embedding.safetensors"
+STEM, TARGET_STEM = "diffusion_pytorch_model", "target_embedding"
+WEIGHTS, TARGET_WEIGHTS = f"{STEM}.safetensors", f"{TARGET_STEM}.safetensors"
 TARGET_PREFIX = "target_embedding."
-MAX_JSON_BYTES = 4 * 2**20
+# Parameters are copied into what the caller computes in; torch cannot convert the smaller floats of safetensors.
+_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
+# At least: two norms, two convolutions and the time; three norms, eight projections without and four with a bias.
+_TENSORS_PER_RESNET, _TENSORS_PER_TRANSFORMER = 10, 20
 
 
 @dataclass(frozen=True)
@@ -54,50 +67,6 @@ class Model:
     folder: Path | None = None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read one JSON object of a model folder.
-
-    Raises:
-        ArtifactError: if it is missing, not a plain file, too large, or not an object.
-    """
-    if not path.exists():
-        raise ArtifactError(f"{path}: no such file")
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ArtifactError(f"{path}: is not a plain file")
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ArtifactError(f"{path}: {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not valid JSON ({type(error).__name__}: {str(error)[:120]})") from error
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path}: holds a {type(value).__name__}; allowed is one JSON object")
-    return value
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file onto the CPU.
-
-    Raises:
-        ArtifactError: if it is missing, a folder, truncated, or of another format.
-    """
-    if path.is_dir():
-        raise ArtifactError(f"{path}: is a folder; a .safetensors file is needed")
-    if not path.is_file():
-        raise ArtifactError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ArtifactError(f"{path}: not a whole safetensors file ({str(error)[:160]})") from error
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Read the text facts of a safetensors file that ``read_tensors`` has accepted."""
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
-
-
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Copy tensors into a module whose parameters may be on the meta device.
 
@@ -110,27 +79,48 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str)
             raise ArtifactError(f"{source}: tensor {name!r} is missing ({len(wanted)} are needed)")
     for name, tensor in tensors.items():
         if name not in wanted:
-            raise ArtifactError(f"{source}: tensor {name!r} does not belong to this model")
+            raise ArtifactError(f"{source}: tensor {shown(name)} does not belong to this model")
         if tensor.shape != wanted[name].shape:
             raise ArtifactError(f"{source}: {name!r} is {list(tensor.shape)}; needed: {list(wanted[name].shape)}")
-        if not tensor.is_floating_point():
+        if tensor.dtype not in _FLOATS:
             raise ArtifactError(f"{source}: {name!r} is {tensor.dtype}; allowed are float types")
     module.load_state_dict(dict(tensors), strict=True, assign=True)
 
 
+def check_total(module: nn.Module, limit: int, source: str) -> None:
+    """Refuse a module, built on the meta device from a config, before any memory is taken for it.
+
+    Args:
+        module: its parameters and buffers are counted, not touched.
+        limit: the most numbers that they may hold together: those in the weights file, or what fits in memory.
+        source: the file that gave the sizes.
+
+    Raises:
+        ArtifactError: naming both counts.
+    """
+    total = sum(tensor.numel() for tensor in module.state_dict().values())
+    if total > limit:
+        raise ArtifactError(f"{source}: describes a network of {total} numbers; there are, or may be, {limit}")
+
+
 def load_info(folder: Path) -> ModelInfo:
     """Read ``fastdiff.json``."""
-    values = read_json(folder / MANIFEST)
+    file = inside(folder, MANIFEST)
+    values = read_json(file)
     if values.pop("format", None) != 1:
-        raise ArtifactError(f"{folder / MANIFEST}: not format 1")
+        raise ArtifactError(f"{file}: not format 1")
+    target, classes = values.pop("target", None), values.pop("classes", [])
+    for key, value, kind, allowed in (
+        ("classes", classes, list, "a list of names"),
+        ("target", target, dict | None, "null or an object"),
+        ("training", values.get("training", {}), dict, "an object"),
+    ):
+        if not isinstance(value, kind):
+            raise ArtifactError(f"{file}: {key} is {shown(value)}; allowed: {allowed}")
     try:
-        target = values.pop("target", None)
-        return ModelInfo(
-            **{**values, "classes": tuple(values.get("classes", ()))},
-            target=TargetConfig(**target) if target else None,
-        )
+        return ModelInfo(**values, classes=tuple(classes), target=None if target is None else TargetConfig(**target))
     except TypeError as error:
-        raise ArtifactError(f"{folder / MANIFEST}: {error}") from error
+        raise ArtifactError(f"{file}: {shown(str(error))}") from error
 
 
 def _check_info(info: ModelInfo, config: UNetConfig, file: Path) -> None:
@@ -138,20 +128,22 @@ def _check_info(info: ModelInfo, config: UNetConfig, file: Path) -> None:
 
     def need(condition: bool, key: str, value: Any, allowed: str) -> None:
         if not condition:
-            raise ArtifactError(f"{file}: {key} is {value!r}; allowed: {allowed}")
+            raise ArtifactError(f"{file}: {key} is {shown(value)}; allowed: {allowed}")
 
     def is_whole(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
 
     def is_number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return is_whole(value) and abs(value) < 2**53 or isinstance(value, float) and math.isfinite(value)
 
     labels, null, target = config.num_class_embeds or 0, info.null_label, info.target
     for key in ("path", "prediction"):
         need(isinstance(getattr(info, key), str), key, getattr(info, key), "a name")
+    need(all(isinstance(name, str) for name in info.classes), "classes", list(info.classes), "a list of names")
     need(len(info.classes) <= labels, "classes", list(info.classes), f"at most num_class_embeds={labels} names")
     need(null is None or (is_whole(null) and 0 <= null < labels), "null_label", null, f"null or 0 to {labels - 1}")
-    need(is_whole(info.crop) and 0 <= 2 * info.crop < config.sample_size, "crop", info.crop, "less than half an image")
+    fits = is_whole(info.crop) and (info.crop == 0 or 0 < 2 * info.crop < (config.sample_size or 0))
+    need(fits, "crop", info.crop, "less than half of sample_size")
     need(is_number(info.guidance_scale), "guidance_scale", info.guidance_scale, "a finite number")
     if target is not None:
         fits = is_whole(target.channels) and 2 <= target.channels <= 65536
@@ -161,12 +153,20 @@ def _check_info(info: ModelInfo, config: UNetConfig, file: Path) -> None:
             need(is_number(value) and value > 0, f"target.{key}", value, "a finite number above 0")
 
 
-def load_model(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Model:
+def load_model(
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    *,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+) -> Model:
     """Load a model folder onto the CPU.
 
     Args:
-        folder: holds ``config.json``, ``diffusion_pytorch_model.safetensors`` and ``fastdiff.json``.
+        folder: holds ``config.json``, ``fastdiff.json`` and the weights, whole or in shards.
         dtype: of the parameters in memory.
+        variant: which of several weights, such as ``"fp16"``; see ``find_weights``.
+        allow_pickle: read pickled weights where there are no safetensors, with torch's weights-only reader.
 
     Raises:
         ArtifactError: if anything is missing, damaged, foreign, or points out of the folder.
@@ -174,19 +174,61 @@ def load_model(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float3
     root = Path(folder)
     if not root.is_dir():
         raise ArtifactError(f"{root}: {'is a file' if root.exists() else 'no such folder'}; a model folder is needed")
-    for name in (CONFIG, MANIFEST, WEIGHTS, TARGET_WEIGHTS):
-        if (root / name).exists() and not (root / name).resolve().is_relative_to(root.resolve()):
-            raise ArtifactError(f"{root / name}: is a link that leaves the model folder; refused")
-    config, info = UNetConfig.from_dict(read_json(root / CONFIG)), load_info(root)
+    config, info = UNetConfig.from_dict(read_json(inside(root, CONFIG))), load_info(root)
     _check_info(info, config, root / MANIFEST)
-    tensors = read_tensors(root / WEIGHTS)
+    source = find_weights(root, STEM, variant, allow_pickle)[0]
+    tensors = read_tensors(source, allow_pickle)
     if info.target is not None:
-        tensors |= read_tensors(root / TARGET_WEIGHTS)
-    with torch.device("meta"):
-        network = UNet(config, info.target)
-    load_strictly(network, tensors, str(root / WEIGHTS))
+        tensors |= read_tensors(find_weights(root, TARGET_STEM)[0])
+    network = _empty_network(config, info.target, tensors, source)
+    load_strictly(network, tensors, str(source))
     network = network.to(dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
     return Model(network, info, root)
+
+
+def load_unet(
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    ops: Ops = REFERENCE,
+    *,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+) -> UNet:
+    """Load the folder of a UNet, as diffusers writes it, onto the CPU.
+
+    Raises:
+        ArtifactError: if anything is missing, damaged, foreign, or points out of the folder.
+    """
+    root = Path(folder)
+    config = UNetConfig.from_dict(read_json(inside(root, CONFIG)))
+    source = find_weights(root, STEM, variant, allow_pickle)[0]
+    tensors = read_tensors(source, allow_pickle)
+    network = _empty_network(config, None, tensors, source)
+    load_strictly(network, tensors, str(source))
+    network.ops = ops
+    return network.to(dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def _empty_network(
+    config: UNetConfig, target: TargetConfig | None, tensors: Mapping[str, Tensor], source: Path
+) -> UNet:
+    """Build the network on the meta device, unless the config asks for more of it than the tensors can fill."""
+    needed = _least_tensors(config)
+    if needed > len(tensors):  # building modules takes time and memory even where parameters take none
+        raise ArtifactError(f"{source}: {len(tensors)} tensors; a network of these sizes has {needed} or more")
+    with torch.device("meta"):
+        network = UNet(config, target)
+    check_total(network, sum(tensor.numel() for tensor in tensors.values()), str(source.with_name(CONFIG)))
+    return network
+
+
+def _least_tensors(config: UNetConfig) -> int:
+    """A number of tensors below which no network of this config can be."""
+    total = 0
+    for level in config.down_levels() + config.up_levels():
+        depth = level.attention.depth if isinstance(level.attention, Transformer) else 0
+        total += level.resnets * (_TENSORS_PER_RESNET + depth * _TENSORS_PER_TRANSFORMER)
+    return total
 
 
 def save_model(model: Model, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
@@ -198,8 +240,7 @@ def save_model(model: Model, folder: str | os.PathLike[str], dtype: torch.dtype 
     write_tensors(root / WEIGHTS, tensors, {"format": "pt"})
     if target:
         write_tensors(root / TARGET_WEIGHTS, target, {"format": "pt"})
-    config = {key: value for key, value in asdict(model.network.config).items() if value is not None}
-    write_text(root / CONFIG, json.dumps({"_class_name": "UNet2DModel", **config}, indent=2) + "\n")
+    write_text(root / CONFIG, json.dumps(model.network.config.to_dict(), indent=2) + "\n")
     write_info(root, model.info)
 
 
@@ -208,39 +249,13 @@ def write_info(folder: Path, info: ModelInfo) -> None:
     write_text(folder / MANIFEST, json.dumps({"format": 1, **asdict(info)}, indent=2) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name in the same folder, then rename it."""
-    temporary = _temporary(path)
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def fingerprint(folder: Path, variant: str | None = None) -> str:
+    """Return one hash of all weights of a folder: that of the weights file, joined by those of any others.
 
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file under a temporary name in the same folder, then rename it."""
-    temporary = _temporary(path)
-    try:
-        save_file(dict(tensors), temporary, dict(metadata))
-        temporary.chmod(0o644)  # safetensors writes files that nobody else may read
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fingerprint(folder: Path) -> str:
-    """Return one hash of all weights of a folder: that of the weights file, joined by the second time's if any."""
-    target = folder / TARGET_WEIGHTS
-    first = sha256(folder / WEIGHTS)
-    return hashlib.sha256(f"{first} {sha256(target)}".encode()).hexdigest() if target.exists() else first
+    The others are the shards behind an index, and the second time's file.
+    """
+    files = find_weights(folder, STEM, variant)
+    if (folder / TARGET_WEIGHTS).exists():
+        files.append(inside(folder, TARGET_WEIGHTS))
+    hashes = [sha256(file) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()

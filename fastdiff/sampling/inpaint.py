@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from fastdiff.errors import PlanError, ShapeError
@@ -9,6 +13,24 @@ from fastdiff.sampling.denoiser import Denoiser, Estimates, Prepared
 from fastdiff.sampling.grid import Times
 from fastdiff.sampling.path import Path
 from fastdiff.sampling.table import RowPlan, Rows
+
+
+class Known(NamedTuple):
+    """What is known of the state outside the mask."""
+
+    noise: Tensor  # [B, C, H, W], the draw that the walk starts from
+    levels: Tensor  # [R, 3]: alpha, sigma, and 1 where the state is left as it is
+
+    @classmethod
+    def of(cls, path: Path, times: Sequence[float], noise: Tensor, free_start: bool) -> Known:
+        """Make it for rows at ``times``; ``free_start``: the first one starts from noise alone."""
+        levels = [[*path.alpha_sigma(t), float(free_start and i == 0)] for i, t in enumerate(times)]
+        return cls(noise, torch.tensor(levels, dtype=torch.float32, device=noise.device))
+
+    def shown(self, x: Tensor, image: Tensor, mask: Tensor, row_index: Tensor) -> Tensor:
+        """The state ``x [B, C, H, W]`` with what is known put in."""
+        alpha, sigma, free = self.levels[row_index, :, None, None, None].unbind(1)
+        return (alpha * image + sigma * self.noise).lerp(x, torch.maximum(mask, free))
 
 
 class Inpaint:
@@ -22,22 +44,30 @@ class Inpaint:
         denoise: gives the estimate inside the mask.
         image: ``[B, C, H, W]`` float32, clean.
         mask: ``[B, 1, H, W]`` float32 in [0, 1]: 1 where to paint, 0 where to keep.
+        known: also show the network the image noised by one draw outside the mask, at every row, as diffusers does;
+            it differs where solvers add noise, and where the walk starts from noise alone.
 
     Source: Lugmayr et al. 2022, RePaint, arXiv:2201.09865, eq. 8, stated for the estimate instead of the state.
     """
 
-    def __init__(self, denoise: Denoiser, image: Tensor, mask: Tensor):
-        self.denoise, self.image, self.mask = denoise, image, mask
+    def __init__(self, denoise: Denoiser, image: Tensor, mask: Tensor, known: Known | None = None):
+        self.denoise, self.image, self.mask, self.known = denoise, image, mask, known
 
     def __call__(
         self, x: Tensor, rows: Rows, plan: RowPlan, prepared: Prepared, momentum: Tensor | None = None
     ) -> Estimates:
         """See ``Denoiser``."""
+        if self.known is not None:
+            x = self.known.shown(x, self.image, self.mask, rows.row_index)
         found = self.denoise(x, rows, plan, prepared, momentum)
         denoised = self.image.lerp(found.denoised, self.mask)
         raw = denoised if found.raw is found.denoised else self.image.lerp(found.raw, self.mask)
         spread = None if found.spread is None else (found.spread - 1) * self.mask + 1
         return Estimates(denoised, raw, found.momentum, spread)
+
+    def restored(self, x: Tensor) -> Tensor:
+        """``x [B, C, H, W]`` with the image itself outside the mask."""
+        return self.image.lerp(x, self.mask)
 
 
 def shorten(times: Times, strength: float) -> Times:

@@ -16,11 +16,12 @@ from fastdiff.sampling.clipping import Clip
 from fastdiff.sampling.denoiser import Cond, Denoiser, Network, Prepared
 from fastdiff.sampling.grid import Grid, Times
 from fastdiff.sampling.guidance import Rule
-from fastdiff.sampling.inpaint import Inpaint, check_image, shorten
+from fastdiff.sampling.inpaint import Inpaint, Known, check_image, shorten
 from fastdiff.sampling.loop import State
 from fastdiff.sampling.noise import Noise
 from fastdiff.sampling.parts import (
     Generators,
+    initial_scale,
     make_guidance,
     make_network,
     make_noise,
@@ -88,6 +89,7 @@ def sample(
     image: Tensor | None = None,
     strength: float = 1.0,
     mask_image: Tensor | None = None,
+    keep: str = "estimate",
     resume: tuple[int, State] | None = None,
     device: torch.device | str = "cpu",
     callback: Callable[[int, float, State], None] | None = None,
@@ -126,6 +128,9 @@ def sample(
         image: clean images ``[B, C, H, W]`` to start from, noised to the first time (image to image).
         strength: share of the steps to walk from ``image``, above 0 and up to 1.
         mask_image: ``[B, 1, H, W]`` in [0, 1]: where to paint (1) and where to keep ``image`` (0).
+        keep: how: ``"estimate"``, the image is the network's estimate there; ``"noise"``, it is shown to the network
+            noised by the draw that the walk starts from, as diffusers does; with a strength of 1 that walk starts from
+            the draw alone.
         resume: rows already walked and the state after them, as ``callback`` got them (its number plus 1); all other
             arguments as they were.
         device: where to run.
@@ -181,6 +186,7 @@ class _Ready(NamedTuple):
     noise: Noise
     prepared: Prepared
     first: int
+    kept: Inpaint | None = None  # puts the picture itself back at the end, where the walk ends above clean data
 
 
 @torch.no_grad()
@@ -190,6 +196,8 @@ def _walk(ready: _Ready, ops: Ops) -> Iterator[Step]:
         ready.denoiser, ready.state.x, ready.table, ready.noise, ready.prepared, ops, ready.first, ready.state
     )
     for i, state in enumerate(walk, start=ready.first):
+        if ready.kept is not None and i + 1 == len(told):
+            state = state._replace(x=ready.kept.restored(state.x))
         yield Step(i, told[i], state)
 
 
@@ -221,6 +229,7 @@ def _ready(
     image: Tensor | None,
     strength: float,
     mask_image: Tensor | None,
+    keep: str,
     resume: tuple[int, State] | None,
     device: torch.device | str,
 ) -> _Ready:
@@ -246,8 +255,12 @@ def _ready(
         walked, kind = make_path(path), make_prediction(prediction)
         solver = make_solver(sampler, {"eta": eta, "gamma": gamma})
         times = make_times(walked, num_inference_steps, grid, timesteps, sigmas)
+    if keep not in ("estimate", "noise"):
+        raise PlanError(f"keep is {keep!r}; allowed: 'estimate', 'noise'")
     if image is None and (mask_image is not None or strength != 1):
         raise PlanError("strength and mask_image need an image to start from: give image")
+    if mask_image is not None:
+        check_image("mask_image", mask_image, (size[0], 1, *size[2:]))
     if image is not None:
         check_image("image", image, size)
         image, times = image.to(device, torch.float32), shorten(times, strength)
@@ -257,12 +270,21 @@ def _ready(
     )  # fmt: skip
     ready = make_network(network, kind)
     denoiser, prepared = plan(ready, cond, uncond, table, None if guide is None else make_network(guide, kind))
-    if mask_image is not None and image is not None:
-        check_image("mask_image", mask_image, (size[0], 1, *size[2:]))
-        denoiser = Inpaint(denoiser, image, mask_image.to(device, torch.float32))
     noise = make_noise(size, table.structure.draws, seed, generator, device, initial=latents is None)
+    from_noise = keep == "noise" and mask_image is not None and strength == 1
+    kept = None
+    if image is not None and mask_image is not None:
+        mask, known = mask_image.to(device, torch.float32), None
+        if keep == "noise":
+            drawn = start(walked, times, size, latents, None, noise, device, 1.0)
+            known = Known.of(walked, [row.t for row in solver.rows(walked, times)], drawn, from_noise)
+        denoiser = Inpaint(denoiser, image, mask, known)
+        kept = denoiser if keep == "noise" else None
     if resume is not None:
-        return _Ready(denoiser, resume[1], table, noise, prepared, resume[0])
-    x = start(walked, times, size, latents, image, noise, device, scale)
+        return _Ready(denoiser, resume[1], table, noise, prepared, resume[0], kept)
+    if from_noise:
+        x = drawn * (initial_scale(walked, times[0]) if scale is None else scale)
+    else:
+        x = start(walked, times, size, latents, image, noise, device, scale)
     state = State.start(x, table.structure.history, table.structure.momentum)
-    return _Ready(denoiser, state, table, noise, prepared, 0)
+    return _Ready(denoiser, state, table, noise, prepared, 0, kept)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.errors import ArtifactError, PlanError
-from fastdiff.models.unet import TargetConfig, UNet, UNetConfig
-from fastdiff.models.weights import Model, ModelInfo, read_metadata, read_tensors, save_model, write_tensors, write_text
+from fastdiff.models.config import UNetConfig
+from fastdiff.models.files import read_metadata, read_tensors, write_tensors, write_text
+from fastdiff.models.unet import TargetConfig, UNet
+from fastdiff.models.weights import Model, ModelInfo, save_model
 from fastdiff.sampling.path import PATHS
 from fastdiff.sampling.prediction import PREDICTIONS
 from fastdiff.training.data import Images

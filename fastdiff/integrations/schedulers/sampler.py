@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
 from fastdiff.errors import PlanError
 from fastdiff.integrations.schedulers import (
     adams,
@@ -15,10 +17,13 @@ from fastdiff.integrations.schedulers import (
     multistep,
     preconditioned,
     singlestep,
+    tables,
     trained,
 )
 from fastdiff.integrations.schedulers.options import Options, read
 from fastdiff.integrations.schedulers.parts import Plan, Request
+from fastdiff.sampling.path import DiscreteVP
+from fastdiff.sampling.prediction import X0, Eps, Prediction, V
 
 
 class Family(NamedTuple):
@@ -28,6 +33,7 @@ class Family(NamedTuple):
     takes: tuple[str, ...] = ()
 
 
+PREDICTED: dict[str, Prediction] = {"epsilon": Eps(), "v_prediction": V(), "sample": X0()}
 _BOTH = ("timesteps", "sigmas")
 FAMILIES: dict[str, Family] = {
     "DDIMScheduler": Family(trained.ddim, ("eta",)),
@@ -112,6 +118,18 @@ class Sampler:
                 allowed = ", ".join(("num_inference_steps", *takes))
                 raise PlanError(f"{self.options.name} takes no {name}; allowed: {allowed}")
         return build(self.options, Request(num_inference_steps, timesteps, sigmas, eta, mu))
+
+    def trained(self) -> tuple[DiscreteVP, Prediction]:
+        """What the network was trained on and predicts, to walk it with another sampler.
+
+        Raises:
+            PlanError: if the class has no list of betas, or its prediction has no name here.
+        """
+        if not self.options.has("beta_schedule"):
+            raise PlanError(f"{self.options.name} says nothing of betas; allowed here: schedulers that have them")
+        products = tables.signal(self.options).double()
+        ratios = products / torch.cat([products.new_ones(1), products[:-1]])
+        return DiscreteVP(tuple((1 - ratios).tolist())), self.options.choose("prediction_type", PREDICTED)
 
 
 def from_diffusers_scheduler(source: Any, *, mu: float | None = None) -> Sampler:

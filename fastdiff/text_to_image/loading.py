@@ -1,0 +1,187 @@
+"""Text-to-image models from files: a diffusers folder, or one original checkpoint. Nothing is unpickled unasked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdiff.errors import ArtifactError, BackendError
+from fastdiff.integrations.schedulers import from_diffusers_scheduler
+from fastdiff.kernels import REFERENCE, Ops, triton_ops
+from fastdiff.models import single_file
+from fastdiff.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
+from fastdiff.models.autoencoder_files import load_autoencoder
+from fastdiff.models.config import UNetConfig
+from fastdiff.models.controlnet import ControlNet, ControlNetConfig
+from fastdiff.models.files import find_weights, inside, read_json, read_metadata, read_tensors
+from fastdiff.models.text import TextEncoder, text_encoder_of
+from fastdiff.models.unet import UNet
+from fastdiff.models.weights import load_strictly, load_unet
+from fastdiff.text_to_image.pipeline import Parts, TextToImage
+
+INDEX = "model_index.json"
+TEXT_TO_IMAGE = ("StableDiffusion", "StableDiffusionXL", "LatentConsistencyModel")
+TEXT_PARTS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
+Source = str | os.PathLike[str]
+
+
+def load_folder(
+    folder: Source,
+    *,
+    controlnet: Source | Sequence[Source] = (),
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+) -> TextToImage:
+    """Load a folder with a ``model_index.json``, as diffusers writes it.
+
+    Args:
+        folder: of ``StableDiffusion*`` or ``StableDiffusionXL*``, with ``unet``, ``vae``, ``scheduler``, tokenizers and
+            text encoders. Safety checkers and feature extractors are not run.
+        controlnet: folders of ControlNets to load beside it.
+        device: where to run.
+        dtype: of the networks; the loop is float32, and so is an autoencoder that overflows in float16.
+        variant: which of several weights, such as ``"fp16"``.
+        allow_pickle: read pickled UNet and autoencoder weights where there are no safetensors.
+
+    Raises:
+        ArtifactError: if anything is missing, damaged, foreign, or points out of the folder.
+        BackendError: if transformers is not installed, or the device is not there.
+    """
+    root = Path(folder)
+    index = read_json(inside(root, INDEX))
+    name = str(index.get("_class_name"))
+    if not name.removesuffix("Pipeline").startswith(TEXT_TO_IMAGE):
+        raise ArtifactError(f"{root / INDEX}: _class_name is {name!r}; supported: {', '.join(TEXT_TO_IMAGE)} pipelines")
+    place, ops = _device(device)
+    unet = load_unet(_part(root, index, "unet"), dtype, ops, variant=variant, allow_pickle=allow_pickle)
+    vae = load_autoencoder(_part(root, index, "vae"), dtype, _wide(ops), variant=variant, allow_pickle=allow_pickle)
+    texts = tuple(
+        TextEncoder.load(_part(root, index, words), _part(root, index, encoder), dtype, variant)
+        for words, encoder in TEXT_PARTS
+        if index.get(encoder, [None])[0] is not None
+    )
+    nets = [controlnet] if isinstance(controlnet, str | os.PathLike) else list(controlnet)
+    if not nets and (root / "controlnet").is_dir():
+        nets = [root / "controlnet"]
+    parts = Parts(
+        unet,
+        vae,
+        texts,
+        from_diffusers_scheduler(_part(root, index, "scheduler")),
+        tuple(load_controlnet(net, dtype, ops, variant=variant, allow_pickle=allow_pickle) for net in nets),
+        unet.config.addition_embed_type is not None,
+        bool(index.get("force_zeros_for_empty_prompt", False)),
+    )
+    return _assembled(parts, place, dtype)
+
+
+def load_single_file(
+    file: Source,
+    *,
+    tokenizer: Source | Sequence[Source],
+    prediction_type: str | None = None,
+    controlnet: Source | Sequence[Source] = (),
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    allow_pickle: bool = False,
+) -> TextToImage:
+    """Load one checkpoint in the original layout of Stable Diffusion 1.x, 2.x or XL.
+
+    Args:
+        file: ``.safetensors``, or a pickle if that is asked for.
+        tokenizer: the folder of the tokenizer, which such files lack; SDXL takes two, or one for both.
+        prediction_type: ``"epsilon"`` or ``"v_prediction"``, where the file does not say.
+        controlnet: folders of ControlNets to load beside it.
+        device: where to run.
+        dtype: of the networks.
+        allow_pickle: read a ``.ckpt`` with torch's weights-only reader.
+
+    Raises:
+        ArtifactError: if the file is damaged, foreign, or of another kind of model.
+        BackendError: if transformers is not installed, or the device is not there.
+    """
+    path, (place, ops) = Path(file), _device(device)
+    tensors = read_tensors(path, allow_pickle)
+    facts = read_metadata(path) if path.suffix == ".safetensors" else {}
+    layout = single_file.detect(tensors, facts, prediction_type)
+    found = single_file.convert(tensors, layout)
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_dict(single_file.unet_config(layout)), None, ops)
+        vae = AutoencoderKL(AutoencoderKLConfig.from_dict(single_file.vae_config(layout)), _wide(ops))
+    for network, part in ((unet, "unet"), (vae, "vae")):
+        load_strictly(network, found[part], f"{path}: {part}")
+        settle(network, dtype)
+    words = [tokenizer] if isinstance(tokenizer, str | os.PathLike) else list(tokenizer)
+    texts = []
+    for i in range(layout.text_encoders):
+        name = "text_encoder" if i == 0 else f"text_encoder_{i + 1}"
+        config = single_file.text_encoder_config(layout, i)
+        texts.append(text_encoder_of(words[min(i, len(words) - 1)], config, found[name], dtype))
+    nets = [controlnet] if isinstance(controlnet, str | os.PathLike) else list(controlnet)
+    sampler = from_diffusers_scheduler(single_file.scheduler_config(layout))
+    xl = layout.family == "sdxl"
+    loaded = tuple(load_controlnet(net, dtype, ops, allow_pickle=allow_pickle) for net in nets)
+    return _assembled(Parts(unet, vae, tuple(texts), sampler, loaded, xl, xl), place, dtype)
+
+
+def load_controlnet(
+    folder: Source, dtype: torch.dtype, ops: Ops = REFERENCE, *, variant: str | None = None, allow_pickle: bool = False
+) -> ControlNet:
+    """Load the folder of a ControlNet, as diffusers writes it, onto the CPU.
+
+    Raises:
+        ArtifactError: if anything is missing, damaged, foreign, or points out of the folder.
+    """
+    root = Path(folder)
+    config = ControlNetConfig.from_dict(read_json(inside(root, "config.json")))
+    source = find_weights(root, "diffusion_pytorch_model", variant, allow_pickle)[0]
+    with torch.device("meta"):
+        net = ControlNet(config, ops)
+    load_strictly(net, read_tensors(source, allow_pickle), str(source))
+    settle(net, dtype)
+    return net
+
+
+def settle(network: nn.Module, dtype: torch.dtype) -> None:
+    """Make a loaded network ready to run: type, channels-last, no training."""
+    network.to(dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def _part(root: Path, index: Mapping[str, Any], name: str) -> Path:
+    """The folder of a part, which the index has to name."""
+    entry = index.get(name)
+    if not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
+        raise ArtifactError(f"{root / INDEX}: {name} is {entry!r}; needed: a library and a class")
+    folder = inside(root, name)
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: no such folder, though {INDEX} names it")
+    return folder
+
+
+def _device(device: str | torch.device) -> tuple[torch.device, Ops]:
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError("device is 'cuda', but torch sees no GPU here; allowed: 'cpu'")
+    return place, triton_ops() if place.type == "cuda" else REFERENCE
+
+
+def _wide(ops: Ops) -> Ops:
+    """Ops for an autoencoder, whose one attention has heads too wide for the fused kernel."""
+    return ops._replace(attention=REFERENCE.attention)
+
+
+def _assembled(parts: Parts, place: torch.device, dtype: torch.dtype) -> TextToImage:
+    if dtype == torch.float16 and getattr(parts.vae.config, "force_upcast", False):
+        parts.vae.float()
+    for network in (parts.unet, parts.vae, *parts.controlnets):
+        network.to(place)
+    for encoder in parts.text_encoders:
+        encoder.to(place)
+    return TextToImage(parts, place)

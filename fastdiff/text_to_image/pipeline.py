@@ -1,0 +1,415 @@
+"""Stable Diffusion 1, 2 and XL from published files: text to image, image to image, inpainting, ControlNet, LoRA.
+
+The names of all arguments are those of diffusers' pipelines, and so is the order in which noise is drawn from a
+``generator``: with the same one, and the scheduler of the folder, the picture is the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdiff.backends.control import Control, ControlledNetwork
+from fastdiff.backends.eager import UNetNetwork
+from fastdiff.errors import PlanError, ShapeError
+from fastdiff.images import OUTPUTS, Output, Picture, grown, to_images, to_tensor
+from fastdiff.integrations.schedulers import Sampler
+from fastdiff.models.autoencoder import AutoencoderKL
+from fastdiff.models.controlnet import ControlNet
+from fastdiff.models.lora import LoraSet, read_lora
+from fastdiff.models.text import Encoded, TextEncoder, encode, strength_embedding
+from fastdiff.models.tiny_autoencoder import AutoencoderTiny
+from fastdiff.models.unet import UNet
+from fastdiff.sampling.denoiser import Cond
+from fastdiff.sampling.loop import State
+from fastdiff.sampling.parts import Generators
+from fastdiff.sampling.run import sample
+from fastdiff.sampling.solvers import Solver
+from fastdiff.text_to_image.start import Draws, start
+
+Prompt = str | Sequence[str]
+MAX_PIXELS = 2**26
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a text-to-image model is made of, on one device."""
+
+    unet: UNet
+    vae: AutoencoderKL | AutoencoderTiny
+    text_encoders: tuple[TextEncoder, ...]
+    sampler: Sampler
+    controlnets: tuple[ControlNet, ...] = ()
+    xl: bool = False
+    zero_empty_prompt: bool = False  # SDXL: no negative prompt is zeros, not the encoded empty text
+
+
+class Guiding(NamedTuple):
+    """The conditioning of a batch and what it is guided away from, if anything."""
+
+    cond: Cond
+    uncond: Cond | None
+
+
+class TextToImage:
+    """A loaded text-to-image model. Calls hold no state; LoRA weights are merged into the networks and stay there.
+
+    Args:
+        parts: the networks.
+        device: where they are.
+    """
+
+    def __init__(self, parts: Parts, device: torch.device):
+        self.parts, self.device = parts, device
+        self.network = UNetNetwork(parts.unet)
+        named = {"unet": parts.unet}
+        for i, encoder in enumerate(parts.text_encoders):
+            named["text_encoder" if i == 0 else f"text_encoder_{i + 1}"] = encoder.model
+        self._loras = LoraSet(named)
+
+    # --- LoRA -------------------------------------------------------------------------------------------------------
+
+    def load_lora_weights(self, file: str | os.PathLike[str], adapter_name: str = "default") -> None:
+        """Load a LoRA file (kohya's or diffusers' layout) and merge it with strength 1, beside those loaded before.
+
+        Not while a call runs. The weights keep their addresses.
+
+        Raises:
+            ArtifactError: naming the first tensor that does not fit; nothing has changed then.
+        """
+        self._loras.load(adapter_name, read_lora(file))
+        self._loras.set(self._loras.active | {adapter_name: 1.0})
+
+    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0) -> None:
+        """Merge these adapters with these strengths, and no others."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        weights = [adapter_weights] * len(names) if isinstance(adapter_weights, int | float) else list(adapter_weights)
+        if len(names) != len(weights):
+            raise PlanError(f"{len(weights)} adapter_weights for {len(names)} adapters; allowed: one for each")
+        self._loras.set(dict(zip(names, weights, strict=True)))
+
+    def unload_lora_weights(self) -> None:
+        """Take all adapters out; the weights are what they were, bit for bit."""
+        self._loras.clear()
+
+    # --- prompts ----------------------------------------------------------------------------------------------------
+
+    def encode_prompt(self, prompt: Prompt, prompt_2: Prompt | None = None, clip_skip: int | None = None) -> Encoded:
+        """Encode prompts as a call does, to weight or keep them: ``prompt_embeds`` and ``pooled_prompt_embeds``."""
+        texts = listed(prompt)
+        encoders = self.parts.text_encoders
+        prompts = [texts, listed(prompt_2 or prompt)][: len(encoders)]
+        if len(encoders) == 1 and self.parts.xl:  # the refiner's layout: the second encoder alone
+            prompts = prompts[-1:]
+        return encode(encoders, prompts, clip_skip, self.parts.xl)
+
+    def _texts(
+        self,
+        prompt: Prompt | None,
+        prompt_2: Prompt | None,
+        embeds: Tensor | None,
+        pooled: Tensor | None,
+        clip_skip: int | None,
+        name: str,
+    ) -> Encoded:
+        """Encode, or take what is given."""
+        if embeds is not None:
+            if prompt is not None:
+                raise PlanError(f"give {name} or {name}_embeds, not both")
+            if self.parts.xl and pooled is None:
+                raise PlanError(f"this model needs the pooled embeddings that belong to {name}_embeds")
+            dtype, device = self.network.dtype, self.device
+            return Encoded(embeds.to(device, dtype), None if pooled is None else pooled.to(device, dtype))
+        if prompt is None:
+            raise PlanError(f"give {name} or {name}_embeds")
+        return self.encode_prompt(prompt, prompt_2, clip_skip)
+
+    def _guiding(
+        self, text: Encoded, negative: Encoded | None, repeat: int, ids: Tensor | None, negative_ids: Tensor | None,
+        scale: float,
+    ) -> Guiding:  # fmt: skip
+        batch = len(text.tokens) * repeat
+        config = self.parts.unet.config
+
+        def cond(words: Encoded, sizes: Tensor | None) -> Cond:
+            extra = {"encoder_hidden_states": words.tokens.repeat_interleave(repeat, 0)}
+            if config.addition_embed_type is not None:
+                if words.pooled is None or sizes is None:
+                    raise PlanError("this model needs pooled embeddings; its text encoder gives none")
+                extra["text_embeds"] = words.pooled.repeat_interleave(repeat, 0)
+                extra["time_ids"] = sizes.expand(batch, -1)
+            if config.time_cond_proj_dim is not None:
+                strengths = torch.full((batch,), scale - 1.0, device=self.device)
+                extra["timestep_cond"] = strength_embedding(strengths, config.time_cond_proj_dim).to(self.network.dtype)
+            return Cond(None, extra)
+
+        return Guiding(cond(text, ids), None if negative is None else cond(negative, negative_ids))
+
+    # --- the call ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Prompt | None = None,
+        prompt_2: Prompt | None = None,
+        *,
+        image: Picture | Sequence[Picture] | None = None,
+        mask_image: Picture | Sequence[Picture] | None = None,
+        control_image: Picture | Sequence[Picture] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        strength: float | None = None,
+        num_inference_steps: int = 50,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        negative_prompt: Prompt | None = None,
+        negative_prompt_2: Prompt | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
+        negative_original_size: tuple[int, int] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] = (0, 0),
+        negative_target_size: tuple[int, int] | None = None,
+        clip_skip: int | None = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
+        sampler: Sampler | str | Solver | None = None,
+        callback_on_step_end: Callable[[TextToImage, int, float, dict[str, Tensor]], Any] | None = None,
+    ) -> Output:
+        """Generate pictures.
+
+        Args:
+            prompt: what to show; one text, or one for each image.
+            prompt_2: for the second text encoder of SDXL; ``prompt`` unless given.
+            image: pictures to start from (image to image), or to paint into.
+            mask_image: where to paint: white, or 1. Networks of nine channels read it; others are held to the picture.
+            control_image: what the ControlNet is shown; a list has one entry for each of several ControlNets.
+            height: of the result, a multiple of 8; the model's own, or that of ``image``, unless given.
+            width: likewise.
+            strength: how much of ``image`` is made anew: 0.8 unless given, SDXL 0.3; with a mask 1, SDXL 0.9999.
+            num_inference_steps: as the scheduler counts them.
+            timesteps: in the scheduler's own units, where it takes them.
+            sigmas: likewise.
+            guidance_scale: 7.5 unless given, SDXL 5; 1 means none. An LCM takes it as an input.
+            guidance_rescale: share of the guided output that is brought back to the conditional one's contrast.
+            negative_prompt: what not to show.
+            negative_prompt_2: for the second text encoder.
+            num_images_per_prompt: images for each prompt.
+            eta: DDIM's share of fresh noise.
+            seed: one for the batch, or one for each image: the same image in any batch.
+            generator: torch generators instead, drawn in diffusers' order.
+            latents: the starting noise, ``[B, C, H/8, W/8]``, of variance 1.
+            prompt_embeds: instead of ``prompt``, ``[B, L, E]``; weighted prompts come this way.
+            negative_prompt_embeds: instead of ``negative_prompt``.
+            pooled_prompt_embeds: SDXL's, ``[B, E']``.
+            negative_pooled_prompt_embeds: likewise.
+            output_type: ``"pil"``, ``"np"``, ``"pt"``, or ``"latent"``.
+            original_size: SDXL's; height and width unless given.
+            crops_coords_top_left: SDXL's.
+            target_size: SDXL's; height and width unless given.
+            negative_original_size: with ``negative_target_size``: SDXL's sizes of what is guided away from.
+            negative_crops_coords_top_left: likewise.
+            negative_target_size: likewise.
+            clip_skip: layers of the text encoder to leave out at its end.
+            controlnet_conditioning_scale: strength of the ControlNet, or one for each.
+            control_guidance_start: share of the steps before which it does nothing.
+            control_guidance_end: share of the steps after which it does nothing.
+            sampler: what to walk with, in place of the model's scheduler: a name of ``SOLVERS``, a solver, or of
+                ``from_diffusers_scheduler``.
+            callback_on_step_end: called as ``fn(pipe, i, timestep, {"latents": x})`` after every network evaluation.
+
+        Raises:
+            PlanError: on options that do not fit one another or this model.
+            ShapeError: on pictures, sizes, latents or seeds that do not fit.
+        """
+        if output_type not in OUTPUTS:
+            raise PlanError(f"output_type is {output_type!r}; allowed: {', '.join(OUTPUTS)}")
+        if seed is not None and generator is not None:
+            raise PlanError("give seed or generator, not both")
+        parts, config = self.parts, self.parts.unet.config
+        scale = guidance_scale if guidance_scale is not None else 5.0 if parts.xl else 7.5
+        text = self._texts(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds, clip_skip, "prompt")
+        guided = scale > 1 and config.time_cond_proj_dim is None
+        negative = None
+        if guided:
+            negative = self._negative(
+                text,
+                negative_prompt,
+                negative_prompt_2,
+                negative_prompt_embeds,
+                negative_pooled_prompt_embeds,
+                clip_skip,
+            )
+        batch = len(text.tokens) * num_images_per_prompt
+        size = self._size(height, width, image)
+        ids = self._ids(original_size or size, crops_coords_top_left, target_size or size)
+        negative_ids = ids
+        if negative_original_size is not None and negative_target_size is not None:
+            negative_ids = self._ids(negative_original_size, negative_crops_coords_top_left, negative_target_size)
+        cond, uncond = self._guiding(text, negative, num_images_per_prompt, ids, negative_ids, scale)
+        network: Any = self.network
+        if parts.controlnets or control_image is not None:
+            network = self._controlled(
+                control_image, size, batch, controlnet_conditioning_scale, control_guidance_start, control_guidance_end
+            )
+        draws = Draws(seed, generator, batch, self.device)
+        source = sampler or parts.sampler
+        if image is None and strength is not None:
+            raise PlanError(f"strength is {strength!r} without a picture to start from: give image")
+        given = start(
+            parts.vae, image, mask_image, size, self._strength(strength, image, mask_image), latents, draws,
+            reads_mask=config.in_channels > parts.vae.latent_channels,
+        )  # fmt: skip
+        if given.concat is not None:
+            cond, uncond = (
+                part and part._replace(extra={**(part.extra or {}), "concat": given.concat}) for part in (cond, uncond)
+            )
+        noise = given.noise
+        if noise is not None and given.image is None and isinstance(source, Sampler):
+            noise = (
+                noise
+                * source.plan(
+                    None if timesteps or sigmas else num_inference_steps, timesteps=timesteps, sigmas=sigmas, eta=eta
+                ).initial_scale
+            )
+
+        def report(i: int, timestep: float, state: State) -> None:
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, i, timestep, {"latents": state.x})
+
+        walk: dict[str, Any] = {"sampler": source}
+        if not isinstance(source, Sampler):
+            walk["path"], walk["prediction"] = parts.sampler.trained()
+        x = sample(
+            network,
+            (batch, parts.vae.latent_channels, *self._latent(size)),
+            num_inference_steps=num_inference_steps,
+            **walk,
+            cond=cond,
+            uncond=uncond,
+            guidance_scale=scale if guided else 1.0,
+            guidance_rescale=guidance_rescale,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            eta=eta,
+            seed=draws.seeds,
+            generator=generator,
+            latents=noise,
+            image=given.image,
+            mask_image=given.mask,
+            keep="noise",
+            strength=given.strength,
+            device=self.device,
+            callback=None if callback_on_step_end is None else report,
+        )
+        return Output(x if output_type == "latent" else to_images(self.decode(x), 0, output_type))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """``[B, C, h, w]`` as the loop leaves them -> images ``[B, 3, H, W]``, about [-1, 1]."""
+        vae = self.parts.vae
+        return vae.to_images(latents.to(next(vae.parameters()).dtype)).float()
+
+    def _negative(
+        self, text: Encoded, prompt: Prompt | None, prompt_2: Prompt | None, embeds: Tensor | None,
+        pooled: Tensor | None, clip_skip: int | None,
+    ) -> Encoded:  # fmt: skip
+        """What to guide away from, one for each prompt."""
+        if embeds is None and prompt is None and self.parts.zero_empty_prompt:
+            return Encoded(
+                torch.zeros_like(text.tokens), None if text.pooled is None else torch.zeros_like(text.pooled)
+            )
+        count = len(text.tokens)
+        if embeds is None:
+            prompt = listed(prompt or "")
+            prompt = prompt * count if len(prompt) == 1 else prompt
+            prompt_2 = None if prompt_2 is None else listed(prompt_2)
+            prompt_2 = prompt_2 * count if prompt_2 is not None and len(prompt_2) == 1 else prompt_2
+        # SDXL takes the negative prompt from the layer before the last, whatever clip_skip says
+        skip = None if self.parts.xl else clip_skip
+        found = self._texts(prompt, prompt_2, embeds, pooled, skip, "negative_prompt")
+        if found.tokens.shape != text.tokens.shape:
+            raise ShapeError(
+                f"negative prompts are {tuple(found.tokens.shape)}; needed: {tuple(text.tokens.shape)}, as the prompts"
+            )
+        return found
+
+    def _size(self, height: int | None, width: int | None, image: Any) -> tuple[int, int]:
+        """Height and width of the result."""
+        factor = self.parts.vae.shrink
+        if image is not None and height is None and width is None:
+            return tuple(to_tensor("image", image, None, factor).shape[2:])  # type: ignore[return-value]
+        own = (self.parts.unet.config.sample_size or 64) * factor
+        found = (own if height is None else height, own if width is None else width)
+        for name, value in zip(("height", "width"), found, strict=True):
+            if isinstance(value, bool) or not isinstance(value, int) or value < factor or value % factor:
+                raise ShapeError(f"{name} is {value!r}; allowed: multiples of {factor}")
+        if found[0] * found[1] > MAX_PIXELS:
+            raise ShapeError(f"height and width are {found}; allowed: at most {MAX_PIXELS} pixels")
+        return found
+
+    def _strength(self, strength: float | None, image: Any, mask_image: Any) -> float:
+        """Diffusers' defaults."""
+        if strength is not None or image is None:
+            return 1.0 if strength is None else strength
+        if mask_image is not None:
+            return 0.9999 if self.parts.xl else 1.0
+        return 0.3 if self.parts.xl else 0.8
+
+    def _latent(self, size: tuple[int, int]) -> tuple[int, int]:
+        factor = self.parts.vae.shrink
+        return size[0] // factor, size[1] // factor
+
+    def _ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> Tensor | None:
+        """SDXL's sizes, ``[1, 6]``."""
+        if self.parts.unet.config.addition_embed_type is None:
+            return None
+        return torch.tensor([[*original, *crop, *target]], dtype=torch.float32, device=self.device)
+
+    def _controlled(
+        self, pictures: Any, size: tuple[int, int], batch: int, scale: float | Sequence[float],
+        start: float | Sequence[float], end: float | Sequence[float],
+    ) -> ControlledNetwork:  # fmt: skip
+        nets = self.parts.controlnets
+        if not nets or pictures is None:
+            raise PlanError("a ControlNet needs control_image, and control_image a model loaded with controlnet")
+        shown = [pictures] if len(nets) == 1 else list(pictures)
+        if len(shown) != len(nets):
+            raise PlanError(f"{len(shown)} control pictures for {len(nets)} ControlNets; allowed: one for each")
+        controls = []
+        for i, (net, picture) in enumerate(zip(nets, shown, strict=True)):
+            strength, first, last = (v if isinstance(v, int | float) else v[i] for v in (scale, start, end))
+            if not 0 <= first <= last <= 1:
+                raise PlanError(f"control_guidance_start and _end are {first!r}, {last!r}; allowed: 0 to 1, rising")
+            seen = grown(to_tensor("control_image", picture, size, self.parts.vae.shrink), batch, "control_image")
+            controls.append(Control(net, seen, float(strength), first, last))
+        return ControlledNetwork(self.network, controls)
+
+
+def listed(prompt: Prompt) -> list[str]:
+    """One prompt or several, as a list.
+
+    Raises:
+        PlanError: if it is neither a text nor a list of texts.
+    """
+    found = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not found or not all(isinstance(text, str) for text in found):
+        raise PlanError(f"prompt is {prompt!r}; allowed: a text, or a list of texts")
+    return found
