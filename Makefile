@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 DATA ?=
 OUT ?=
 
-.PHONY: demo test fast bench check-main check-samplers lint report clean
+.PHONY: demo test fast bench check-main check-samplers check-unets lint report clean
 
 demo: $(STAMP)
 	$(BIN)/python -m fastdiff.benchmarks.demo
@@ -26,6 +26,10 @@ check-main: $(STAMP)
 # QUICK=1: one path, fewer images and rounds. OUT=samplers.json: also write the details.
 check-samplers: $(STAMP)
 	@$(BIN)/python -m fastdiff.benchmarks.check_samplers $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT))
+
+check-unets: $(STAMP)
+	@$(BIN)/python -m fastdiff.benchmarks.check_unets $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT)) \
+		$(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(CIFAR),--cifar $(CIFAR))
 
 lint: $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy

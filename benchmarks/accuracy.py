@@ -160,7 +160,7 @@ class _Asked:
         return self.problem.denoised(x, *self.problem.path.alpha_sigma(self.rows[int(row_index[0])].t))
 
 
-def grids() -> dict[str, Grid]:
+def grids(shifts: Sequence[float] = SHIFTS) -> dict[str, Grid]:
     """Our grids, those with a lowest noise level also with the usual ones; every shift, with several ends."""
     found: dict[str, Grid] = {}
     for name, grid in GRIDS.items():
@@ -168,16 +168,16 @@ def grids() -> dict[str, Grid]:
         if "sigma_min" in inspect.signature(grid).parameters:
             for low in (0.002, 0.03):
                 found[f"{name} from {low}"] = functools.partial(grid, sigma_min=low)
-    for shift, first, last in itertools.product(SHIFTS, (1.0, 0.999), (None, 0.03)):
+    for shift, first, last in itertools.product(shifts, (1.0, 0.999), (None, 0.03)):
         ends = ("" if first == 1 else f" below {first}") + ("" if last is None else f" from {last}")
         found[f"shift {shift:g}{ends}"] = functools.partial(GRIDS["shifted"], shift=shift, t_first=first, t_last=last)
     return found
 
 
-def _different(path: Path, n: int) -> dict[str, Grid]:
+def _different(path: Path, n: int, shifts: Sequence[float]) -> dict[str, Grid]:
     """The grids that are for this path and this many steps, without repetitions."""
     found: dict[tuple[float, ...], tuple[str, Grid]] = {}
-    for name, grid in grids().items():
+    for name, grid in grids(shifts).items():
         try:
             found.setdefault(tuple(grid(path, n)), (name, grid))
         except PlanError:
@@ -207,13 +207,15 @@ def _ours(problem: Problem, variant: Variant, name: str, grid: Grid, budget: int
     return done and Score("fastdiff", f"{variant.label} on {name}", budget, done.calls, problem.error(done.x))
 
 
-def our_scores(problem: Problem, solvers: Sequence[Variant], kept: int = KEPT) -> Iterator[Score]:
+def our_scores(
+    problem: Problem, solvers: Sequence[Variant], kept: int = KEPT, shifts: Sequence[float] = SHIFTS
+) -> Iterator[Score]:
     """A few solvers on every grid; then every solver on the ``kept`` grids that served them best at the budget."""
     scouts = [variant for variant in solvers if variant.name in SCOUTS and not any(variant.options.values())]
     for budget in BUDGETS:
         best: dict[str, float] = {}
         done: set[tuple[str, str]] = set()
-        for name, grid in _different(problem.path, budget).items():
+        for name, grid in _different(problem.path, budget, shifts).items():
             for variant in scouts:
                 score = _ours(problem, variant, name, grid, budget)
                 done.add((variant.label, name))
@@ -223,7 +225,7 @@ def our_scores(problem: Problem, solvers: Sequence[Variant], kept: int = KEPT) -
         for name in sorted(best, key=lambda name: best[name])[:kept]:
             for variant in solvers:
                 if (variant.label, name) not in done and (
-                    score := _ours(problem, variant, name, grids()[name], budget)
+                    score := _ours(problem, variant, name, grids(shifts)[name], budget)
                 ):
                     yield score
 
@@ -247,11 +249,11 @@ def peer_scores(problem: Problem, peers: Iterator[Peer], refused: list[str]) -> 
                 yield Score(peer.library, peer.label, budget, done.calls, problem.error(done.x))
 
 
-def scores(problem: Problem, refused: list[str], *, kept: int = KEPT) -> list[Score]:
+def scores(problem: Problem, refused: list[str], *, kept: int = KEPT, shifts: Sequence[float] = SHIFTS) -> list[Score]:
     """Every sampler of every library at every budget; what a peer cannot run is added to ``refused``."""
     return [
-        *our_scores(problem, distinct(variants(noise=False)), kept),
-        *peer_scores(problem, diffusers_peers(problem.kind), refused),
+        *our_scores(problem, distinct(variants(noise=False)), kept, shifts),
+        *peer_scores(problem, diffusers_peers(problem.kind, shifts), refused),
         *peer_scores(problem, k_diffusion_peers(problem.sigma_max), refused),
     ]
 

@@ -49,7 +49,6 @@ VP_GRIDS: dict[str, dict[str, Any]] = {
 }
 SHIFTS = (0.8, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)  # of the straight path, for every library
 FLOW_GRIDS: dict[str, dict[str, Any]] = {
-    **{f"shift {shift:g}": {"shift": shift, "flow_shift": shift} for shift in SHIFTS},
     "karras": {"use_karras_sigmas": True},
     "exponential": {"use_exponential_sigmas": True},
     "beta": {"use_beta_sigmas": True},
@@ -77,12 +76,13 @@ UNSHOWN = ("clip_sample", "tau_func")
 RATIO_STATE = ("EulerDiscrete", "HeunDiscrete", "KDPM2Discrete", "LMSDiscrete")  # their state is x / alpha
 
 
-def diffusers_peers(kind: str) -> Iterator[Peer]:
+def diffusers_peers(kind: str, shifts: Sequence[float] = SHIFTS) -> Iterator[Peer]:
     """Diffusers' schedulers for ``kind`` ``"vp"`` (the linear betas of DDPM) or ``"flow"`` (the straight path)."""
     import diffusers
 
     diffusers.logging.set_verbosity_error()
-    schedulers, grids = (VP, VP_GRIDS) if kind == "vp" else (FLOW, FLOW_GRIDS)
+    shifted = {f"shift {shift:g}": {"shift": shift, "flow_shift": shift} for shift in shifts}
+    schedulers, grids = (VP, VP_GRIDS) if kind == "vp" else (FLOW, shifted | FLOW_GRIDS)
     for name, options in schedulers:
         factory = getattr(diffusers, f"{name}Scheduler")
         known = inspect.signature(factory).parameters

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 
 from fastdiff.errors import ArtifactError, BackendError, FastdiffError, PlanError, ShapeError
+from fastdiff.integrations.pipelines import optimize, restore, summary
 from fastdiff.integrations.schedulers import from_diffusers_scheduler
 from fastdiff.pipeline import Output, Pipeline
 from fastdiff.sampling import Cond, iterate, sample
@@ -21,5 +22,8 @@ __all__ = [
     "ShapeError",
     "from_diffusers_scheduler",
     "iterate",
+    "optimize",
+    "restore",
     "sample",
+    "summary",
 ]

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from fastdiff.benchmarks.unet_parity import scramble
 from fastdiff.models.config import UNetConfig
 from fastdiff.models.unet import TargetConfig, UNet
 from fastdiff.models.weights import Model, ModelInfo, save_model
@@ -26,14 +26,6 @@ SIZES: dict[str, Any] = {
     "attn_norm_num_groups": 4,
     "resnet_time_scale_shift": "scale_shift",
 }
-
-
-def scramble(module: nn.Module, seed: int = 0) -> None:
-    """Move every parameter off its initial value, so that a norm or bias that is left out shows."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
 def make_model(*, two_time: bool = False, classes: bool = True, seed: int = 0, **sizes: Any) -> Model:

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from small import scramble
 from tolerances import assert_no_worse_than
 from torch import Tensor, nn
 
 from fastdiff.benchmarks.autoencoder_quality import DECODER, ENCODER, mosaic, psnr, round_trip
+from fastdiff.benchmarks.unet_parity import scramble
 from fastdiff.errors import ArtifactError, ShapeError
 from fastdiff.kernels import REFERENCE
 from fastdiff.models.autoencoder import AutoencoderKL, AutoencoderKLConfig, Moments, rename_old_attention

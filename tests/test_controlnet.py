@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import scramble
-from unet_parity import RELATIVE, asked, inputs, pair, relative_error
 
 from fastdiff.benchmarks.layouts import SD15, SDXL, scaled
+from fastdiff.benchmarks.unet_parity import RELATIVE, asked, inputs, pair, relative_error, scramble
 from fastdiff.errors import ArtifactError
 from fastdiff.models.controlnet import ControlNet, ControlNetConfig
 from fastdiff.models.weights import load_strictly

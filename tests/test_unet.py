@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from small import SIZES, make_model, scramble
-from unet_parity import RELATIVE, relative_error
+from small import SIZES, make_model
 
 from fastdiff.backends.eager import UNetNetwork
+from fastdiff.benchmarks.unet_parity import RELATIVE, relative_error, scramble
 from fastdiff.errors import ArtifactError
 from fastdiff.models.config import UNetConfig
 from fastdiff.models.unet import UNet

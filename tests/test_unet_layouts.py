@@ -11,9 +11,9 @@ pytest.importorskip("diffusers", reason="parity needs diffusers (pip install 'fa
 pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from unet_parity import RELATIVE, asked, error, inputs, pair, relative_error  # noqa: E402
 
 from fastdiff.benchmarks.layouts import LAYOUTS, PARAMETERS, SD15, SDXL, scaled  # noqa: E402
+from fastdiff.benchmarks.unet_parity import RELATIVE, asked, error, inputs, pair, relative_error  # noqa: E402
 from fastdiff.errors import ArtifactError, ShapeError  # noqa: E402
 from fastdiff.models.config import UNetConfig  # noqa: E402
 from fastdiff.models.unet import UNet  # noqa: E402

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small import scramble
+
+from fastdiff.benchmarks.unet_parity import scramble
 
 CROSS, PROJECTED = 16, 12
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from small import scramble
 from torch import Tensor, nn
 
 from fastdiff.models.config import UNetConfig
@@ -16,8 +15,18 @@ RELATIVE = 1e-5  # of the largest output, float32: two orders of summation
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
-    assert got.shape == wanted.shape
+    """Largest difference over the largest value."""
+    if got.shape != wanted.shape:
+        raise AssertionError(f"{tuple(got.shape)} beside {tuple(wanted.shape)}")
     return float((got - wanted).abs().max() / wanted.abs().max())
+
+
+def scramble(module: nn.Module, seed: int = 0) -> None:
+    """Move every parameter off its initial value, so that a norm or bias that is left out shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
 def pair(config: dict[str, Any]) -> tuple[nn.Module, UNet]:
