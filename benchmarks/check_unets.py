@@ -1,7 +1,8 @@
 """``make check-unets``: measure every bar of the models afresh, one JSON line each; exit 1 if any falls short.
 
-With ``--quick`` fewer files are spoiled and the speed is measured on a smaller network. ``--weights`` and ``--cifar`` name
-the trained tiny autoencoder and the pictures of its round trip, which are not ours to ship. ``--out`` writes the details.
+With ``--quick`` fewer files are spoiled and the speed is measured on a smaller network. ``--weights`` and ``--cifar``
+name the trained tiny autoencoder and the pictures of its round trip, which are not ours to ship. ``--out`` writes the
+details.
 """
 
 from __future__ import annotations

@@ -26,8 +26,11 @@ from fastdiff.models.files import read_json
 from fastdiff.models.weights import ModelInfo, fingerprint, load_model
 from fastdiff.pipeline import Pipeline, resolve
 from fastdiff.sampling import GRIDS, GUIDANCES, PATHS, SOLVERS
+from fastdiff.text_to_image import TextToImage
 from fastdiff.training import LOSSES, TrainConfig, Trainer, load_images
 
+TEXT_STEPS = 50  # diffusers' default
+TEXT_ONLY = ("prompt", "negative_prompt", "height", "width", "image", "mask_image", "strength", "lora")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -88,6 +91,14 @@ def _generate_options(command: argparse.ArgumentParser) -> None:
         metavar="LABEL",
         help="what to draw (default: every class once)",
     )
+    add("--prompt", nargs="+", metavar="TEXT", help="what to show, for text-to-image models")
+    add("--negative-prompt", metavar="TEXT", help="what not to show")
+    add("--height", type=int, help="of the picture (default: the model's own)")
+    add("--width", type=int)
+    add("--image", type=Path, help="picture to start from, or to paint into")
+    add("--mask-image", type=Path, help="where to paint: white")
+    add("--strength", type=float, help="how much of the picture is made anew, 0 to 1")
+    add("--lora", type=Path, nargs="+", default=[], metavar="FILE", help="LoRA files to merge")
     add("--num-images-per-prompt", type=int, default=1, metavar="N", help="images for each label (default: 1)")
     add(
         "--num-inference-steps",
@@ -127,12 +138,21 @@ def generate(options: argparse.Namespace) -> int:
         options.model, device=options.device, dtype=DTYPES[options.dtype], backend=options.backend,
         artifact=options.artifact,
     )  # fmt: skip
+    latents = read_latents(options.latents) if options.latents else None
+    start = time.perf_counter()
+    if isinstance(pipe, TextToImage):
+        images = _text_to_image(pipe, options, latents)
+        seconds = time.perf_counter() - start
+        sampler = options.sampler or pipe.parts.sampler.options.name
+        facts = {"sampler": sampler, "steps": str(options.steps or TEXT_STEPS), "software": "fastdiff"}
+        return _written(options, images, facts, seconds)
+    wrong = next((name for name in TEXT_ONLY if getattr(options, name)), None)
+    if wrong:
+        raise PlanError(f"--{wrong.replace('_', '-')} is for text-to-image models; {options.model} is not one")
     labels = options.class_labels
     if labels is None:
         labels = list(range(len(pipe.model.info.classes))) or None
-    latents = read_latents(options.latents) if options.latents else None
-    count = len(pipe.labels(labels, options.num_images_per_prompt))
-    start = time.perf_counter()
+    pipe.labels(labels, options.num_images_per_prompt)
     with tqdm(desc="sampling", unit="step", disable=options.json or not sys.stderr.isatty()) as bar:
         images = pipe(
             labels, num_images_per_prompt=options.num_images_per_prompt, num_inference_steps=options.steps,
@@ -144,6 +164,47 @@ def generate(options: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     sampler, steps = pipe.choose(options.sampler, options.steps)
     facts = {"sampler": str(sampler), "steps": str(steps), "model": pipe.model_hash(), "software": "fastdiff"}
+    return _written(options, images, facts, seconds)
+
+
+def _text_to_image(pipe: TextToImage, options: argparse.Namespace, latents: torch.Tensor | None) -> list[Image.Image]:
+    if options.class_labels is not None:
+        raise PlanError(f"--class-labels is for class-conditional models; {options.model} takes --prompt")
+    if not options.prompt:
+        raise PlanError("--prompt is missing: what is the picture to show?")
+    for i, file in enumerate(options.lora):
+        pipe.load_lora_weights(file, f"{i}")
+    pictures = {
+        name: read_picture(getattr(options, name)) for name in ("image", "mask_image") if getattr(options, name)
+    }
+    with tqdm(desc="sampling", unit="step", disable=options.json or not sys.stderr.isatty()) as bar:
+        images: list[Image.Image] = pipe(
+            options.prompt, negative_prompt=options.negative_prompt, height=options.height, width=options.width,
+            strength=options.strength, num_inference_steps=options.steps or TEXT_STEPS, sampler=options.sampler,
+            guidance_scale=options.guidance_scale, guidance_rescale=options.guidance_rescale, eta=options.eta,
+            num_images_per_prompt=options.num_images_per_prompt, seed=options.seed, latents=latents, **pictures,
+            callback_on_step_end=lambda *_: bar.update(),
+        ).images  # fmt: skip
+    return images
+
+
+def read_picture(file: Path) -> Image.Image:
+    """Read a picture.
+
+    Raises:
+        ArtifactError: if it is missing or no picture that Pillow knows.
+    """
+    try:
+        with Image.open(file) as picture:
+            picture.load()
+            return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ArtifactError(f"{file}: not a picture ({error})") from error
+
+
+def _written(options: argparse.Namespace, images: list[Image.Image], facts: dict[str, str], seconds: float) -> int:
+    """Write the pictures and say so."""
+    count = len(images)
     options.out.mkdir(parents=True, exist_ok=True)
     files = [
         str(save_png(image, options.out / f"{options.seed + i:06d}.png", {**facts, "seed": str(options.seed + i)}))

@@ -14,6 +14,7 @@ diffusers = pytest.importorskip("diffusers", reason="parity needs diffusers (pip
 import tiny_pipelines as tiny  # noqa: E402
 
 import fastdiff  # noqa: E402
+from fastdiff.cli import main  # noqa: E402
 from fastdiff.errors import ArtifactError, FastdiffError  # noqa: E402
 from fastdiff.text_to_image import TextToImage, load_folder  # noqa: E402
 
@@ -294,3 +295,28 @@ def test_the_pipeline_loads_both_kinds_of_folders(sd, tmp_path):
     got = plain(num_inference_steps=6, generator=tiny.generator(), output_type="np").images
     assert difference(got, wanted) <= CLOSE
     assert plain(num_inference_steps=4, sampler="dpmpp_2m", seed=1, output_type="pt").images.isfinite().all()
+
+
+def test_the_command_line_draws_from_a_prompt(sd, tmp_path, capsys):
+    _, _, folder = sd
+    picture(1).save(tmp_path / "photo.png")
+    common = ["generate", "--model", str(folder), "--steps", "2", "--out", str(tmp_path / "out")]
+    assert main([*common, "--prompt", "a cat", "two dogs", "--negative-prompt", "fog"]) == 0
+    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert main([*common, "--prompt", "a cat", "--image", str(tmp_path / "photo.png"), "--strength", "0.9"]) == 0
+    with Image.open(tmp_path / "out" / "000000.png") as drawn:
+        assert drawn.size == (16, 24) and drawn.text["sampler"] == "DDIMScheduler"
+    capsys.readouterr()
+    wrong_calls = [
+        (["--class-labels", "1"], "--class-labels"),
+        ([], "--prompt"),
+        (["--prompt", "a", "--image", str(folder)], str(folder)),
+        (["--prompt", "a", "--height", "25"], "25"),
+        (["--prompt", "a", "--sampler", "dimm"], "dimm"),
+    ]
+    for wrong, value in wrong_calls:
+        assert main([*common, *wrong]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1 and value in said[0], said
+    assert main(["generate", "--prompt", "a cat", "--out", str(tmp_path / "no")]) == 2
+    assert "text-to-image" in capsys.readouterr().err

@@ -222,8 +222,10 @@ class Faster:
             del unet.forward
         if unet.__dict__.get("_old_forward") is self:
             unet._old_forward = MethodType(type(unet).forward, unet)
-        for parameter in filter(None, (reference() for reference in self._changed)):
-            parameter.data = parameter.data.contiguous(memory_format=torch.contiguous_format)
+        for reference in self._changed:
+            parameter = reference()
+            if parameter is not None:
+                parameter.data = parameter.data.contiguous(memory_format=torch.contiguous_format)
         self._runs, self._changed = [], []
 
     def state(self) -> str:
@@ -261,7 +263,7 @@ class Faster:
             self.calls += 1
             return result
         self.fallbacks[reason] += 1
-        return plain(unet, *args, **kwargs)
+        return _contiguous(plain(unet, *args, **kwargs))
 
     def _fast(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = self._given(args, kwargs)
@@ -391,6 +393,14 @@ class Faster:
 
         kind = unet_2d_condition.UNet2DConditionOutput if self._conditional else unet_2d.UNet2DOutput
         return kind(sample=sample)
+
+
+def _contiguous(result: Any) -> Any:
+    """Diffusers' output in the layout that it has with contiguous weights."""
+    if isinstance(result, tuple):
+        return (result[0].contiguous(), *result[1:])
+    result.sample = result.sample.contiguous()
+    return result
 
 
 def _lora_scale(told: Any, *, positional: bool) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,9 +58,10 @@ class TextEncoder:
             )
         find_weights(folder, "model", variant)
         try:
-            model = getattr(transformers, names[0]).from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=dtype, variant=variant
-            )
+            with _quiet(transformers):
+                model = getattr(transformers, names[0]).from_pretrained(
+                    folder, local_files_only=True, use_safetensors=True, dtype=dtype, variant=variant
+                )
         except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
             raise ArtifactError(f"{folder}: transformers cannot load it ({one_line(error)})") from error
         return cls(_tokenizer(transformers, tokenizer), model.eval().requires_grad_(False))
@@ -150,6 +152,19 @@ def strength_embedding(scale: Tensor, dim: int) -> Tensor:
     steps = torch.arange(half, dtype=torch.float32, device=scale.device)
     angles = 1000.0 * scale.float()[:, None] * torch.exp(-steps * (torch.log(torch.tensor(10000.0)) / (half - 1)))[None]
     return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """No progress bar of transformers' own while it loads."""
+    logging_of = transformers.utils.logging
+    was = logging_of.is_progress_bar_enabled()
+    logging_of.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was:
+            logging_of.enable_progress_bar()
 
 
 def _transformers() -> Any:
