@@ -75,6 +75,22 @@ def test_inpainting_keeps_the_image_outside_the_mask(name):
     assert torch.allclose(got[:, :, :2], free[:, :, :2], atol=1e-5)  # this network looks at one pixel at a time
 
 
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m_sde", "heun"])
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_inpainting_may_show_the_network_the_noised_image(name, strength):
+    """As diffusers does; without fresh noise, and started from the noised image, it is the same as the other way."""
+    image, mask = torch.rand(2, 1, 4, 4) * 2 - 1, torch.zeros(2, 1, 4, 4)
+    mask[:, :, :2] = 1
+    options = {"sampler": name, "num_inference_steps": 6, "seed": 3, "prediction": "x0", "strength": strength}
+    shown = sample(contracting, image.shape, image=image, mask_image=mask, keep="noise", **options)
+    assert torch.allclose(shown[:, :, 2:], image[:, :, 2:], atol=1e-6)
+    if name != "dpmpp_2m_sde":  # this network looks at one pixel at a time
+        other = sample(contracting, image.shape, image=image, mask_image=mask, **options)
+        assert torch.allclose(shown, other, atol=1e-5)
+    with pytest.raises(PlanError, match="keep is 'all'"):
+        sample(contracting, image.shape, image=image, mask_image=mask, keep="all", **options)
+
+
 def test_inpainting_holds_the_forward_process_on_the_way():
     """Outside the mask the state is the image noised by the noise it started with."""
     image, noise = torch.rand(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
