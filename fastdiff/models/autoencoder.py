@@ -8,10 +8,9 @@ Source: Rombach et al. 2021, arXiv:2112.10752, sec. 3.1 and appendix G.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,63 +18,16 @@ from torch import Tensor, nn
 
 from fastdiff.errors import ArtifactError, ShapeError
 from fastdiff.kernels import REFERENCE, Ops
-from fastdiff.models.tiling import run_tiled
+from fastdiff.models.codec import Codec
+from fastdiff.models.fields import is_number, is_size, need, need_sizes, read_fields
 
 EPS = 1e-6  # of every norm; no config says it
 LOG_VARIANCE = (-30.0, 20.0)  # what a damaged latent may not exceed
 MOST_CHANNELS = 65536
-OVERLAP = 16  # of tiles, in latents, where no overlap is exact
 
 _DOWN = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
 _UP = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_Config = TypeVar("_Config")
-
-
-def read_fields(
-    cls: type[_Config], config: Mapping[str, Any], class_name: str, fixed: Mapping[str, tuple[Any, ...]]
-) -> _Config:
-    """Make a config dataclass of a ``config.json``; its values are not checked yet.
-
-    Raises:
-        ArtifactError: naming a key that is unknown, or that is ``fixed`` to other values.
-    """
-    name = config.get("_class_name", class_name)
-    if name != class_name:
-        raise ArtifactError(f"config.json: _class_name is {name!r}; supported is {class_name!r}")
-    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in known:
-            values[key] = tuple(value) if isinstance(value, list) else value
-        elif key in fixed:
-            if value not in fixed[key]:
-                raise ArtifactError(f"config.json: {key} is {value!r}; supported: {fixed[key]}")
-        elif not key.startswith("_"):
-            raise ArtifactError(f"config.json: unknown key {key!r} (value {value!r})")
-    return cls(**values)
-
-
-def need(condition: bool, config: Any, key: str, allowed: str) -> None:
-    """Refuse a value of a config by name."""
-    if not condition:
-        raise ArtifactError(f"config.json: {key} is {getattr(config, key)!r}; allowed: {allowed}")
-
-
-def need_sizes(config: Any, **most: int) -> None:
-    """Refuse what is not a whole number from 1 to its limit."""
-    for key, limit in most.items():
-        need(is_size(getattr(config, key), limit), config, key, f"a whole number from 1 to {limit}")
-
-
-def is_size(value: Any, most: int) -> bool:
-    """Is it a whole number from 1 to ``most``?"""
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
-
-
-def is_number(value: Any) -> bool:
-    """Is it a finite number?"""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -165,111 +117,6 @@ class Moments(NamedTuple):
         if noise.shape != self.mean.shape:
             raise ShapeError(f"noise is {list(noise.shape)}; needed: {list(self.mean.shape)}")
         return self.mean + self.std * noise
-
-
-class Codec(nn.Module):
-    """What all autoencoders share: the checks of shapes, the scale of the latents, tiles.
-
-    A subclass gives the fields below and takes both directions apart: what runs at the size of the latents is cheap, so
-    the whole image goes through it at once, and only the larger sizes are cut into tiles.
-    """
-
-    in_channels: int
-    latent_channels: int
-    shrink: int  # pixels per latent, on the way in
-    grow: int  # and on the way out
-    encode_radius: int | None  # how many latents far the part for tiles looks; None: at all it gets
-    decode_radius: int | None
-    scaling_factor: float
-    shift: tuple[float, ...]  # one for all channels, or one for each
-    spread: tuple[float, ...]
-
-    def _encode_tile(self, images: Tensor) -> Tensor:
-        """From pixels to the size of the latents."""
-        raise NotImplementedError
-
-    def _encode_whole(self, x: Tensor) -> Tensor:
-        """From there to what the encoder gives."""
-        raise NotImplementedError
-
-    def _decode_whole(self, latents: Tensor) -> Tensor:
-        """From latents to the last that is of their size."""
-        raise NotImplementedError
-
-    def _decode_tile(self, x: Tensor) -> Tensor:
-        """From there to pixels."""
-        raise NotImplementedError
-
-    @property
-    def exact_overlap(self) -> int | None:
-        """The overlap, in latents, from which tiles are exact both ways, up to rounding; None if none is enough."""
-        if self.encode_radius is None or self.decode_radius is None:
-            return None
-        return 2 * max(self.encode_radius, self.decode_radius)
-
-    def normalise(self, raw: Tensor) -> Tensor:
-        """What the encoder gives -> what a diffusion network sees; ``[B, C, h, w]`` both."""
-        return (raw - self._row(self.shift, raw)) * (self.scaling_factor / self._row(self.spread, raw))
-
-    def denormalise(self, latents: Tensor) -> Tensor:
-        """What a diffusion network gives -> what the decoder expects; ``[B, C, h, w]`` both."""
-        return latents * (self._row(self.spread, latents) / self.scaling_factor) + self._row(self.shift, latents)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Raw ``latents [B, C, h, w]`` -> images ``[B, 3, H, W]``, about [-1, 1] and not clamped.
-
-        Raises:
-            ShapeError: if the latents do not fit.
-        """
-        return self._decode_tile(self._decode_whole(self._checked(latents, "latents", self.latent_channels, 1)))
-
-    def decode_tiled(self, latents: Tensor, tile: int = 64, overlap: int | None = None) -> Tensor:
-        """Decode tile by tile, as ``decode`` otherwise; see the class for the error.
-
-        Args:
-            latents: raw, ``[B, C, h, w]``.
-            tile: height and width of a tile, in latents. Latents that are not larger are not cut.
-            overlap: that neighbours share at least, in latents; below ``tile``. None: ``exact_overlap``, or 16 where
-                none is exact.
-
-        Raises:
-            ShapeError: if the latents or the tiles do not fit.
-        """
-        x = self._decode_whole(self._checked(latents, "latents", self.latent_channels, 1))
-        return run_tiled(
-            self._decode_tile, x, tile=tile, overlap=self._overlap(overlap), radius=self.decode_radius, grow=self.grow
-        )
-
-    def to_images(self, latents: Tensor) -> Tensor:
-        """What a diffusion network gives, ``[B, C, h, w]``, -> images ``[B, 3, H, W]``, as ``decode``."""
-        return self.decode(self.denormalise(latents))
-
-    def _encode(self, images: Tensor) -> Tensor:
-        return self._encode_whole(self._encode_tile(self._checked(images, "images", self.in_channels, self.shrink)))
-
-    def _encode_in_tiles(self, images: Tensor, tile: int, overlap: int | None) -> Tensor:
-        images = self._checked(images, "images", self.in_channels, self.shrink)
-        plan = {"tile": tile, "overlap": self._overlap(overlap), "shrink": self.shrink}
-        return self._encode_whole(run_tiled(self._encode_tile, images, radius=self.encode_radius, **plan))
-
-    def _overlap(self, overlap: int | None) -> int:
-        if overlap is not None:
-            return overlap
-        return OVERLAP if self.exact_overlap is None else self.exact_overlap
-
-    def _checked(self, x: Tensor, name: str, channels: int, multiple: int) -> Tensor:
-        sizes = x.shape[2:]
-        if x.dim() != 4 or x.shape[1] != channels or any(size < 1 or size % multiple for size in sizes):
-            each = f", H and W multiples of {multiple}" if multiple > 1 else ""
-            raise ShapeError(f"{name} are {list(x.shape)}; needed: [B, {channels}, H, W]{each}")
-        return x
-
-    @staticmethod
-    def _row(values: tuple[float, ...], like: Tensor) -> Tensor | float:
-        """One number as it is (no upload), several as ``[1, C, 1, 1]``."""
-        if len(values) == 1:
-            return values[0]
-        return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
 
 
 class ResnetBlock(nn.Module):

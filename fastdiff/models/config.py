@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 from fastdiff.errors import ArtifactError
+from fastdiff.models.fields import is_size
 from fastdiff.models.files import shown
 
 UNCONDITIONAL, CONDITIONAL = "UNet2DModel", "UNet2DConditionModel"
@@ -256,13 +257,13 @@ class _Check:
     def all(self) -> None:
         config = self.config
         for key, most in (("in_channels", 4096), ("out_channels", 4096), ("norm_num_groups", 4096)):
-            self.need(_is_size(getattr(config, key), most), key, f"a whole number from 1 to {most}")
+            self.need(is_size(getattr(config, key), most), key, f"a whole number from 1 to {most}")
         size = config.sample_size
-        self.need(size is None or _is_size(size, 16384), "sample_size", "null or a whole number from 1 to 16384")
+        self.need(size is None or is_size(size, 16384), "sample_size", "null or a whole number from 1 to 16384")
         for key in ("time_embedding_dim", "attn_norm_num_groups", "num_class_embeds", "addition_time_embed_dim",
                     "projection_class_embeddings_input_dim", "time_cond_proj_dim"):  # fmt: skip
             value = getattr(config, key)
-            self.need(value is None or _is_size(value, MOST), key, f"null or a whole number from 1 to {MOST}")
+            self.need(value is None or is_size(value, MOST), key, f"null or a whole number from 1 to {MOST}")
         self.channels()
         self.blocks()
         self.heads()
@@ -278,14 +279,14 @@ class _Check:
         channels, groups = self.config.block_out_channels, self.config.norm_num_groups
         listed = isinstance(channels, tuple) and 1 <= len(channels) <= 16
         self.need(listed, "block_out_channels", "a list of 1 to 16 sizes")
-        fits = all(_is_size(value, 65536) and value % groups == 0 for value in channels)
+        fits = all(is_size(value, 65536) and value % groups == 0 for value in channels)
         self.need(fits, "block_out_channels", f"multiples of norm_num_groups={groups} up to 65536")
 
     def each(self, key: str, most: int) -> None:
         """A number, or one for each level."""
         value, count = getattr(self.config, key), len(self.config.block_out_channels)
-        right = _is_size(value, most) or (
-            isinstance(value, tuple) and len(value) == count and all(_is_size(v, most) for v in value)
+        right = is_size(value, most) or (
+            isinstance(value, tuple) and len(value) == count and all(is_size(v, most) for v in value)
         )
         self.need(right, key, f"a whole number from 1 to {most}, or {count} of them")
 
@@ -300,7 +301,7 @@ class _Check:
         if config.conditional:
             self.each("layers_per_block", 64)
         else:
-            self.need(_is_size(config.layers_per_block, 64), "layers_per_block", "a whole number from 1 to 64")
+            self.need(is_size(config.layers_per_block, 64), "layers_per_block", "a whole number from 1 to 64")
         for key in ("downsample_type", "upsample_type"):
             self.need(getattr(config, key) in ("conv", "resnet"), key, "'conv' or 'resnet'")
 
@@ -308,7 +309,7 @@ class _Check:
         config, channels = self.config, self.config.block_out_channels
         value = config.attention_head_dim
         if not config.conditional:
-            self.need(value is None or _is_size(value, MOST), "attention_head_dim", "null or a whole number from 1")
+            self.need(value is None or is_size(value, MOST), "attention_head_dim", "null or a whole number from 1")
             right = all(size % min(value or size, size) == 0 for size in channels)
             self.need(right, "attention_head_dim", "a divisor of every block's channels")
             groups = config.attn_norm_num_groups
@@ -333,10 +334,10 @@ class _Check:
             self.need(isinstance(getattr(config, key), bool), key, "true or false")
         known = ("default", "scale_shift")
         self.need(config.resnet_time_scale_shift in known, "resnet_time_scale_shift", "'default' or 'scale_shift'")
-        self.need(_is_whole(config.downsample_padding) and config.downsample_padding in (0, 1), "downsample_padding",
+        self.need(_is_bit(config.downsample_padding), "downsample_padding",
                   "0 or 1")  # fmt: skip
         self.need(isinstance(config.norm_eps, float) and 0 < config.norm_eps < 1, "norm_eps", "a number inside (0, 1)")
-        self.need(_is_whole(config.freq_shift) and config.freq_shift in (0, 1), "freq_shift", "0 or 1")
+        self.need(_is_bit(config.freq_shift), "freq_shift", "0 or 1")
         dropout = config.dropout
         right = isinstance(dropout, int | float) and math.isfinite(dropout) and 0 <= dropout < 1
         self.need(right, "dropout", "a number from 0, below 1")
@@ -353,9 +354,5 @@ def _depth(attention: SelfAttention | Transformer | None) -> int:
     return attention.depth if isinstance(attention, Transformer) else 0
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_size(value: Any, most: int) -> bool:
-    return _is_whole(value) and 1 <= value <= most
+def _is_bit(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value in (0, 1)

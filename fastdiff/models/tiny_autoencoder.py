@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from fastdiff.errors import ArtifactError
 from fastdiff.kernels import REFERENCE, Ops
-from fastdiff.models.autoencoder import MOST_CHANNELS, Codec, is_number, is_size, need, need_sizes, read_fields
+from fastdiff.models.autoencoder import MOST_CHANNELS
+from fastdiff.models.codec import Codec
+from fastdiff.models.fields import is_number, is_size, need, need_sizes, read_fields
 
 POOL_GROUPS, POOL_WIDTH = 4, 4  # groups of the norm of a pool, and how much wider it is than its block
 REACH_OF_LATENTS = 3.0  # the decoder bends what lies beyond
