@@ -47,7 +47,7 @@ VP_GRIDS: dict[str, dict[str, Any]] = {
     "beta": {"use_beta_sigmas": True},
     "lu": {"use_lu_lambdas": True},
 }
-SHIFTS = (0.8, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)  # of the straight path, for every library
+SHIFTS = (0.8, 1.0, 1.1, 1.5, 3.0)  # of the straight path, for every library
 FLOW_GRIDS: dict[str, dict[str, Any]] = {
     "karras": {"use_karras_sigmas": True},
     "exponential": {"use_exponential_sigmas": True},

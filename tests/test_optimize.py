@@ -309,6 +309,19 @@ def test_another_type_of_number(pipe, given):
     assert close(ours(pipe, given), plainly(pipe, given), 1e-6)
 
 
+def test_tensors_of_inference_mode(pipe, given):
+    """They have no version counter: nothing is kept for them, and nothing fails."""
+    fastdiff.optimize(pipe)
+    for factor in (1.0, 2.0):
+        with torch.inference_mode():
+            told = {**given, "encoder_hidden_states": given["encoder_hidden_states"] * factor}
+            got = pipe.unet(**told).sample
+            told["encoder_hidden_states"].mul_(3)
+            assert close(pipe.unet(**told).sample, plainly(pipe, told))
+            assert not close(got, plainly(pipe, told), 1e-3)
+    assert faster(pipe).fallbacks.total() == 0
+
+
 # -- what is left to diffusers
 
 
@@ -321,29 +334,35 @@ def left(pipe: Any, given: dict[str, Any], reason: str) -> None:
     assert reason in fastdiff.summary(pipe), fastdiff.summary(pipe)
 
 
+MASK = torch.tensor([[1] * 7, [1] * 3 + [0] * 4])
+
+
 @pytest.mark.parametrize(
-    ("name", "value", "reason"),
+    ("told", "reason"),
     [
-        ("attention_mask", torch.ones(2, 1), "attention_mask"),
-        ("encoder_attention_mask", torch.tensor([[1] * 7, [1] * 3 + [0] * 4]), "encoder_attention_mask"),
-        ("sample", torch.randn(2, 4, 8, 8, dtype=torch.float64), "float64"),
+        ({"encoder_attention_mask": MASK}, "encoder_attention_mask"),
+        ({"attention_mask": torch.ones(2, 64)}, "attention_mask"),
+        ({"cross_attention_kwargs": {"odd": 1}}, "cross_attention_kwargs: odd"),
+        ({"mid_block_additional_residual": torch.ones(2, 16, 4, 4)}, "residuals of the way down or of the middle"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_arguments_that_are_not_ours(pipe, given, name, value, reason):
+def test_arguments_that_are_not_ours(pipe, given, told, reason):
+    if "attention_mask" in told:  # it fits the pixels of one resolution alone
+        config = SD | {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+        pipe.unet = network(config | {"block_out_channels": (8,)})
+        told = told | {"encoder_hidden_states": torch.randn(2, 64, WIDTH)}
     fastdiff.optimize(pipe)
-    if name == "sample":  # diffusers refuses it, and so must we
-        with pytest.raises(RuntimeError), torch.no_grad():
-            pipe.unet(**given | {name: value})
-        assert reason in fastdiff.summary(pipe)
-        return
-    if name == "attention_mask":
-        value = torch.ones(2, 64)
-        pipe.unet = network(SD | {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2,
-                                  "mid_block_type": None})  # fmt: skip
-        fastdiff.optimize(pipe)
-        assert "mid_block_type is None" in fastdiff.summary(pipe)
-        return
-    left(pipe, given | {name: value}, reason)
+    left(pipe, given | told, reason)
+
+
+def test_what_diffusers_refuses_is_refused(pipe, given):
+    fastdiff.optimize(pipe)
+    with pytest.raises(RuntimeError), torch.no_grad():
+        pipe.unet(**given | {"sample": given["sample"].double()})
+    with pytest.raises(TypeError, match="odd"), torch.no_grad():
+        pipe.unet(**given, odd=1)
+    assert faster(pipe).fallbacks.total() == 2 and faster(pipe).calls == 0
 
 
 def test_adapters_residuals_go_to_diffusers(pipe, given):

@@ -1,7 +1,8 @@
 """``optimize``, ``restore`` and ``summary``: a diffusers pipeline whose UNet runs in our code, with the same calls.
 
 Only one attribute of one object is set: ``pipe.unet.forward``, on the instance. The parameters are shared, in
-channels-last layout. A call that ours does not handle runs in diffusers' own forward, and is counted with its reason.
+channels-last layout. A call that ours does not handle runs in diffusers' own forward (on these weights: equal within
+rounding), and is counted with its reason.
 
 What is kept between calls, and when it is made anew:
 
@@ -194,11 +195,11 @@ class Faster:
     """
 
     def __init__(self, unet: Any, changed: list[Any]):
-        self._unet, self._changed = weakref.ref(unet), changed
+        self._network, self._changed = weakref.ref(unet), changed
         self._binding = Binding(unet, build(unet))
         self._conditional = type(unet).__name__ == CONDITIONAL
         self._runs: list[_Run] = []
-        self._fed: list[tuple[int, int]] = []
+        self._fed: Any = None
         self._ops: dict[str, Ops] = {"cpu": REFERENCE}
         self.enabled = True
         self.calls, self.fallbacks = 0, Counter[str]()
@@ -212,6 +213,9 @@ class Faster:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self._unet(), "forward")
+
+    def _unet(self) -> Any:
+        return self._network()
 
     # -- for optimize, restore and summary
 
@@ -250,7 +254,7 @@ class Faster:
         """Diffusers' ``forward``, with its arguments."""
         unet = self._unet()
         plain = type(unet).forward
-        if not self.enabled or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if not self.enabled or torch.compiler.is_compiling() or torch._C._get_tracing_state():
             return plain(unet, *args, **kwargs)
         try:
             result = self._fast(unet, args, kwargs)
@@ -315,7 +319,7 @@ class Faster:
             raise LeftAlone("gradients are on (call it under torch.no_grad)")
         if torch.is_autocast_enabled(sample.device.type):
             raise LeftAlone("autocast is on")
-        if nn.modules.module._has_any_global_hook():
+        if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
             raise LeftAlone("hooks on all modules")
         if type(sample) is not Tensor or sample.dtype != weight.dtype or sample.device != weight.device:
             raise LeftAlone(f"sample is {sample.dtype} on {sample.device}, weights {weight.dtype} on {weight.device}")
@@ -346,8 +350,8 @@ class Faster:
         """The time as a number, where the device need not be asked and all images share it, and ``[1 or B]``."""
         if not isinstance(timestep, Tensor):
             whole = not isinstance(timestep, float) or not self._conditional  # UNet2DModel truncates
-            number = float(int(timestep) if whole else timestep)
-            return number, torch.tensor([timestep], dtype=torch.int64 if whole else torch.float64, device=sample.device)
+            value = float(int(timestep) if whole else timestep)
+            return value, torch.tensor([timestep], dtype=torch.int64 if whole else torch.float64, device=sample.device)
         times = timestep.reshape(-1) if timestep.dim() == 0 else timestep
         if times.dim() != 1 or len(times) not in (1, len(sample)):
             raise LeftAlone(f"timestep of shape {list(timestep.shape)}")
@@ -365,9 +369,9 @@ class Faster:
 
     def _new_run(self, network: UNet, tokens: Tensor) -> _Run:
         """Compute keys and values of the text."""
-        self._runs = [run for run in self._runs if run.tokens() is not tokens][-(RUNS - 1) :]
-        self._runs.append(_Run(tokens, network.contexts(tokens)))
-        return self._runs[-1]
+        run = _Run(tokens, network.contexts(tokens))
+        self._runs = [*[old for old in self._runs if old.tokens() is not tokens][-(RUNS - 1) :], run]
+        return run
 
     def _rows(
         self, network: UNet, run: _Run | None, time: float | None, times: Tensor, given: dict[str, Any], batch: int
