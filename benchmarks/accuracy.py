@@ -258,6 +258,14 @@ def scores(problem: Problem, refused: list[str], *, kept: int = KEPT, shifts: Se
     ]
 
 
+LIBRARIES = ("fastdiff", "diffusers", "k-diffusion")
+
+
+def shortlist(found: Sequence[Score], count: int = 5) -> list[Score]:
+    """The most accurate samplers of every library at every budget, for the record."""
+    return [score for name in LIBRARIES for budget in BUDGETS for score in best(found, name, budget, count)]
+
+
 def best(found: Sequence[Score], library: str, budget: int, count: int = 1) -> list[Score]:
     """The most accurate samplers of a library at a budget."""
     chosen = [score for score in found if (score.library, score.budget) == (library, budget)]

@@ -83,14 +83,15 @@ def accuracy_bars(quick: bool, details: Details) -> Iterator[Bar]:
         found = accuracy.scores(problem, refused, **how)
         details.setdefault("accuracy", {})[problem.name] = {
             "uncertainty of the solution": problem.uncertainty,
-            "scores": [score._asdict() for score in found],
+            "samplers tried": len({(score.library, score.label) for score in found}),
+            "scores": [score._asdict() for score in accuracy.shortlist(found)],
             "peers' runs that ended in an error": refused,
         }
         yield Bar(f"{problem.name}: uncertainty of the solution", problem.uncertainty, "for comparison", True)
         yield Bar(f"{problem.name}: peers' runs that ended in an error", len(refused), "for comparison", True)
         for budget in accuracy.BUDGETS:
             place = f"{problem.name}, {budget} network calls"
-            tops = {name: accuracy.best(found, name, budget) for name in ("fastdiff", "diffusers", "k-diffusion")}
+            tops = {name: accuracy.best(found, name, budget) for name in accuracy.LIBRARIES}
             for name, top in tops.items():
                 said = f"{top[0].error:.3g}: {top[0].label}" if top else "not installed"
                 yield Bar(f"{place}: least error of {name}", said, "for comparison", True)

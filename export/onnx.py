@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastdiff.artifact import Manifest, save_manifest
 from fastdiff.errors import ArtifactError, PlanError, ShapeError
 from fastdiff.export.parity import measure
+from fastdiff.models.config import UNetConfig
 from fastdiff.models.files import sha256
 from fastdiff.models.unet import UNet
 from fastdiff.models.weights import Model, fingerprint
@@ -86,6 +87,7 @@ def export_unet(model: Model, file: str | os.PathLike[str]) -> Manifest:
         ArtifactError: if the exporter fails or its file does not reproduce the original.
     """
     config, info = model.network.config, model.info
+    _need_plain(config)
     shape = (EXAMPLE_BATCH, config.in_channels, config.sample_size, config.sample_size)
     arguments: dict[str, Tensor] = {"sample": torch.randn(shape), "timestep": torch.tensor([900.0, 300.0])}
     if config.num_class_embeds:
@@ -116,6 +118,7 @@ def export_sampler(
         ArtifactError: as ``export_unet``.
     """
     config, info = model.network.config, model.info
+    _need_plain(config)
     if num_inference_steps > 1000:
         raise PlanError(f"num_inference_steps is {num_inference_steps}; at most 1000 are unrolled into one graph")
     path, prediction = PATHS[info.path](), PREDICTIONS[info.prediction]
@@ -133,6 +136,16 @@ def export_sampler(
         arguments["class_labels"] = torch.tensor([1, 0])
     facts = {"name": name, "num_inference_steps": num_inference_steps, "guidance_scale": strength}
     return _export(model, module, arguments, "images", Path(file), "sampler", facts)
+
+
+def _need_plain(config: UNetConfig) -> None:
+    """Refuse what cannot be exported.
+
+    Raises:
+        PlanError: naming it.
+    """
+    if config.conditional or config.sample_size is None:
+        raise PlanError("only networks without text, whose config has a sample_size, are exported so far")
 
 
 def _export(

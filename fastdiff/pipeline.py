@@ -203,6 +203,8 @@ class Pipeline:
             raise PlanError(f"output_type is {output_type!r}; allowed: {', '.join(OUTPUTS)}")
         labels = self.labels(class_labels, num_images_per_prompt)
         config, info = self.model.network.config, self.model.info
+        if config.sample_size is None:
+            raise PlanError("config.json of this model has no sample_size, so it says not how large its images are")
         batch = len(labels)
         chosen, steps = self.choose(sampler, num_inference_steps)
 

@@ -199,3 +199,5 @@ def test_conditioning_that_is_missing_is_named():
         unet = UNet(UNetConfig.from_dict(SDXL))
         with pytest.raises(ShapeError, match="text_embeds and time_ids"):
             unet.embed(torch.zeros(1))
+        with pytest.raises(ShapeError, match="encoder_hidden_states is None"):
+            unet(torch.zeros(1, 4, 8, 8), torch.zeros(1), text_embeds=torch.zeros(1, 1280), time_ids=torch.zeros(1, 6))

@@ -486,5 +486,7 @@ class UNet(Encoder):
         embedding = self.embed(
             timestep, class_labels, target, text_embeds=text_embeds, time_ids=time_ids, timestep_cond=timestep_cond
         )
+        if encoder_hidden_states is None and self.config.conditional:
+            raise ShapeError("encoder_hidden_states is None; needed: [B, tokens, width] of the conditioning")
         contexts = [] if encoder_hidden_states is None else self.contexts(encoder_hidden_states)
         return self.trunk(sample, self.time_rows(embedding), contexts, control)
