@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 ALLOWED["benchmarks"] = set(ALLOWED) | {"cli"}
 ALLOWED["cli"] = set(ALLOWED)
-LAZY_ONLY = {"export", "benchmarks"}  # build-time parts: named inside functions of cli.py and nowhere else
+LAZY_ONLY = {"export", "benchmarks"}  # build-time parts: named inside functions of fastdiff.cli and nowhere else
 
 
 class Arrow(NamedTuple):
