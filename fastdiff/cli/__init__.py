@@ -6,29 +6,23 @@ Exit codes: 0 done, 1 failed, 2 wrong usage. Every deliberate error is one line 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from fastdiff.backends import BACKENDS
 from fastdiff.cli import generate
 from fastdiff.cli.common import show
-from fastdiff.errors import ArtifactError, BackendError, FastdiffError, PlanError
+from fastdiff.errors import BackendError, FastdiffError, PlanError
 from fastdiff.models.config import UNetConfig
 from fastdiff.models.files import read_json
 from fastdiff.models.weights import ModelInfo, fingerprint, load_model
-from fastdiff.pipeline import Pipeline, resolve
-from fastdiff.sampling import GRIDS, GUIDANCES, PATHS, SOLVERS
-from fastdiff.text_to_image import TextToImage
+from fastdiff.pipeline import resolve
+from fastdiff.sampling import PATHS
 from fastdiff.training import LOSSES, TrainConfig, Trainer, load_images
 
 
