@@ -1,4 +1,4 @@
-"""Kernels of the hot loop. ``REFERENCE`` is plain torch; ``triton_ops()`` holds the fused twins.
+"""Kernels of the hot loop. ``REFERENCE`` is plain torch, ``CPU`` what is faster on CPUs; ``triton_ops()`` holds the fused twins.
 
 Ops are handed to whoever uses them (the UNet, the loop); nothing is patched and nothing is chosen at import.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 from .sums import Sums
 
 
@@ -20,9 +20,12 @@ class Ops(NamedTuple):
     group_norm_silu: Callable[..., Tensor]
     attention: Callable[..., Tensor]
     combine: Callable[..., tuple[Tensor, ...]]
+    linear: Callable[..., Tensor] = reference.linear
+    upsample_conv: Callable[..., Tensor] = reference.upsample_conv
 
 
 REFERENCE = Ops(reference.group_norm_silu, reference.attention, reference.combine)
+CPU = REFERENCE._replace(linear=cpu.linear, upsample_conv=cpu.upsample_conv)
 
 
 def triton_ops() -> Ops:
@@ -38,4 +41,4 @@ def triton_ops() -> Ops:
     return Ops(group_norm_silu, attention, combine)
 
 
-__all__ = ["REFERENCE", "Ops", "Sums", "triton_ops"]
+__all__ = ["CPU", "REFERENCE", "Ops", "Sums", "triton_ops"]

@@ -63,6 +63,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x [..., in]``, ``weight [out, in]``, ``bias [out]`` or None -> ``[..., out]``."""
+    return F.linear(x, weight, bias)
+
+
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int]) -> Tensor:
+    """Nearest-neighbour enlargement, then a 3x3 convolution of padding 1.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        weight: ``[C', C, 3, 3]``.
+        bias: ``[C']`` or None.
+        size: height and width of the result.
+
+    Returns:
+        ``[N, C', *size]``.
+    """
+    return F.conv2d(F.interpolate(x, size=tuple(size), mode="nearest"), weight, bias, padding=1)
+
+
 def combine(registers: Sequence[Tensor | None], sums: Sums) -> tuple[Tensor, ...]:
     """Weighted sums of registers.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff.backends.base import Spec
 from fastdiff.errors import ArtifactError, BackendError, PlanError
-from fastdiff.kernels import REFERENCE, triton_ops
+from fastdiff.kernels import CPU, REFERENCE, triton_ops
 from fastdiff.models.unet import Encoder, TokenPair, UNet
 from fastdiff.models.weights import Model
 from fastdiff.sampling.denoiser import Cond
@@ -124,7 +124,7 @@ def _place(model: Model, spec: Spec) -> UNet:
     if spec.artifact is not None:
         raise ArtifactError(f"an exported file ({spec.artifact}) belongs to backend 'onnxruntime', not to torch")
     unet = model.network.to(spec.device, spec.dtype, memory_format=torch.channels_last)
-    unet.ops = triton_ops() if spec.device.type == "cuda" else REFERENCE
+    unet.ops = triton_ops() if spec.device.type == "cuda" else CPU
     return unet
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from fastdiff.errors import PlanError
 from fastdiff.integrations.binding import Binding, LeftAlone, build, is_unet, stamp
-from fastdiff.kernels import REFERENCE, Ops, triton_ops
+from fastdiff.kernels import CPU, REFERENCE, Ops, triton_ops
 from fastdiff.models.config import CONDITIONAL
 from fastdiff.models.unet import TokenPair, UNet
 
@@ -200,7 +200,7 @@ class Faster:
         self._conditional = type(unet).__name__ == CONDITIONAL
         self._runs: list[_Run] = []
         self._fed: Any = None
-        self._ops: dict[str, Ops] = {"cpu": REFERENCE}
+        self._ops: dict[str, Ops] = {"cpu": CPU}
         self.enabled = True
         self.calls, self.fallbacks = 0, Counter[str]()
         self.__name__, self.__doc__ = "forward", type(unet).forward.__doc__
@@ -240,7 +240,7 @@ class Faster:
         merged = f", LoRA adapters merged into {self._binding.merged} layers" if self._binding.merged else ""
         kept = "text keys and values kept between steps, " if self._conditional else ""
         where = next(unet.parameters()).device.type
-        fused = ", fused kernels" if self._ops.get(where, REFERENCE) is not REFERENCE else ""
+        fused = ", fused kernels" if where == "cuda" and self._ops.get(where, REFERENCE) is not REFERENCE else ""
         return f"sped up: {kept}channels-last, weights shared{fused}{merged}"
 
     def counts(self) -> list[str]:

@@ -118,9 +118,10 @@ class PixelAttention(nn.Module):
             norm = self.group_norm
             y = ops.group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, self.eps, silu=False)
         tokens = y.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
-        q, k, v = (heads_of(project(tokens), self.heads) for project in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (heads_of(applied(layer, tokens, ops), self.heads) for layer in (self.to_q, self.to_k, self.to_v))
         mixed = ops.attention(q, k, v).transpose(1, 2).reshape(batch, height * width, channels)
-        return x + self.to_out[0](mixed).view(batch, height, width, channels).permute(0, 3, 1, 2)
+        mixed = applied(self.to_out[0], mixed, ops)
+        return x + mixed.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 class TokenAttention(nn.Module):
@@ -133,18 +134,20 @@ class TokenAttention(nn.Module):
         self.to_k, self.to_v = (nn.Linear(context or channels, channels, bias=False) for _ in range(2))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def keys_values(self, tokens: Tensor) -> TokenPair:
+    def keys_values(self, tokens: Tensor, ops: Ops) -> TokenPair:
         """``[B, L, E]`` -> keys and values ``[B, heads, L, d]``."""
-        return heads_of(self.to_k(tokens), self.heads), heads_of(self.to_v(tokens), self.heads)
+        keys, values = (heads_of(applied(layer, tokens, ops), self.heads) for layer in (self.to_k, self.to_v))
+        return keys, values
 
     def forward(self, x: Tensor, context: Iterator[TokenPair], ops: Ops) -> Tensor:
         """``[B, L, C] -> [B, L, C]``; takes its pair from ``context`` if it crosses."""
-        q, (k, v) = heads_of(self.to_q(x), self.heads), next(context) if self.crosses else self.keys_values(x)
+        q = heads_of(applied(self.to_q, x, ops), self.heads)
+        k, v = next(context) if self.crosses else self.keys_values(x, ops)
         if self.upcast and q.dtype != torch.float32:  # logits of these networks overflow float16
             mixed = ops.attention(q.float(), k.float(), v.float()).to(q.dtype)
         else:
             mixed = ops.attention(q, k, v)
-        return self.to_out[0](mixed.transpose(1, 2).reshape(x.shape))
+        return applied(self.to_out[0], mixed.transpose(1, 2).reshape(x.shape), ops)
 
 
 class GEGLU(nn.Module):
@@ -154,9 +157,9 @@ class GEGLU(nn.Module):
         super().__init__()
         self.proj = nn.Linear(channels, 2 * inner)
 
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+    def forward(self, x: Tensor, ops: Ops) -> Tensor:
+        value, gate = applied(self.proj, x, ops).chunk(2, dim=-1)
+        return F.gelu(gate) * value
 
 
 class FeedForward(nn.Module):
@@ -166,8 +169,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
+    def forward(self, x: Tensor, ops: Ops) -> Tensor:
+        return applied(self.net[2], self.net[0](x, ops), ops)
 
 
 class TransformerLayer(nn.Module):
@@ -184,7 +187,7 @@ class TransformerLayer(nn.Module):
         """``[B, L, C] -> [B, L, C]``."""
         x = x + self.attn1(self.norm1(x), context, ops)
         x = x + self.attn2(self.norm2(x), context, ops)
-        return x + self.ff(self.norm3(x))
+        return x + self.ff(self.norm3(x), ops)
 
 
 class SpatialTransformer(nn.Module):
@@ -207,15 +210,16 @@ class SpatialTransformer(nn.Module):
         batch, channels, height, width = x.shape
         norm = self.norm
         y = ops.group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=False)
-        tokens = projected(self.proj_in, y.permute(0, 2, 3, 1).reshape(batch, height * width, channels))
+        tokens = applied(self.proj_in, y.permute(0, 2, 3, 1).reshape(batch, height * width, channels), ops)
         for layer in self.transformer_blocks:
             tokens = layer(tokens, context, ops)
-        return x + projected(self.proj_out, tokens).view(batch, height, width, channels).permute(0, 3, 1, 2)
+        return x + applied(self.proj_out, tokens, ops).view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-def projected(layer: nn.Module, tokens: Tensor) -> Tensor:
+def applied(layer: nn.Module, tokens: Tensor, ops: Ops) -> Tensor:
     """Apply a linear layer, or a 1x1 convolution, which is the same, to ``[B, L, C]``."""
-    return F.linear(tokens, layer.weight.flatten(1), layer.bias)
+    result: Tensor = ops.linear(tokens, layer.weight.flatten(1), layer.bias)
+    return result
 
 
 class Downsample(nn.Module):
@@ -238,9 +242,10 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, size: Sequence[int], ops: Ops) -> Tensor:
         """``[B, C, H, W] -> [B, C, *size]``."""
-        return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
+        result: Tensor = ops.upsample_conv(x, self.conv.weight, self.conv.bias, tuple(size))
+        return result
 
 
 class Block(nn.Module):
@@ -380,7 +385,7 @@ class Encoder(nn.Module):
             for attention in (layer.attn1, layer.attn2)
             if attention.crosses
         )
-        return [attention.keys_values(tokens) for attention in crossing]
+        return [attention.keys_values(tokens, self.ops) for attention in crossing]
 
     def encode(self, x: Tensor, rows: Iterator[Tensor], context: Iterator[TokenPair]) -> tuple[Tensor, list[Tensor]]:
         """Run down and through the middle, from what ``conv_in`` gave: the deepest features, and what is kept."""
@@ -465,7 +470,7 @@ class UNet(Encoder):
             if isinstance(sampler, ResnetBlock):
                 x = sampler(x, next(rows), self.ops)
             elif sampler is not None:
-                x = sampler(x, skips[-1].shape[2:])
+                x = sampler(x, skips[-1].shape[2:], self.ops)
         norm = self.conv_norm_out
         return self.conv_out(self.ops.group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps))
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastdiff.errors import ArtifactError, BackendError
 from fastdiff.integrations.schedulers import from_diffusers_scheduler
-from fastdiff.kernels import REFERENCE, Ops, triton_ops
+from fastdiff.kernels import CPU, REFERENCE, Ops, triton_ops
 from fastdiff.models import single_file
 from fastdiff.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from fastdiff.models.autoencoder_files import load_autoencoder
@@ -169,7 +169,7 @@ def _device(device: str | torch.device) -> tuple[torch.device, Ops]:
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise BackendError("device is 'cuda', but torch sees no GPU here; allowed: 'cpu'")
-    return place, triton_ops() if place.type == "cuda" else REFERENCE
+    return place, triton_ops() if place.type == "cuda" else CPU
 
 
 def _wide(ops: Ops) -> Ops:
