@@ -1,4 +1,4 @@
-"""Kernels of the hot loop. ``REFERENCE`` is plain torch, ``CPU`` what is faster on CPUs; ``triton_ops()`` holds the fused twins.
+"""Kernels of the hot loop. ``REFERENCE`` is plain torch, ``CPU`` what is faster there; ``triton_ops()``: fused twins.
 
 Ops are handed to whoever uses them (the UNet, the loop); nothing is patched and nothing is chosen at import.
 """

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff.errors import ArtifactError, ShapeError
 from fastdiff.kernels import REFERENCE, Ops
 from fastdiff.models.codec import Codec
 from fastdiff.models.fields import is_number, is_size, need, need_sizes, read_fields
+from fastdiff.models.unet import Downsample, Upsample
 
 EPS = 1e-6  # of every norm; no config says it
 LOG_VARIANCE = (-30.0, 20.0)  # what a damaged latent may not exceed
@@ -155,30 +155,6 @@ class Attention(nn.Module):
         return x + self.to_out[0](mixed).view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-class Downsample(nn.Module):
-    """Stride-2 convolution, padded at the right and below alone."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, H, W] -> [B, C, H/2, W/2]``, H and W even."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, H, W] -> [B, C, 2H, 2W]``."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class Level(nn.Module):
     """One resolution: ResNet blocks, attention after each where the config asks for it, then a resampling."""
 
@@ -191,7 +167,7 @@ class Level(nn.Module):
 
     def forward(self, x: Tensor, ops: Ops) -> Tensor:
         """``[B, C, H, W] -> [B, C', H', W']``."""
-        return self.resample(self.same_size(x, ops))
+        return self.resample(self.same_size(x, ops), ops)
 
     def same_size(self, x: Tensor, ops: Ops) -> Tensor:
         """All but the resampling: ``[B, C, H, W] -> [B, C', H, W]``."""
@@ -201,10 +177,12 @@ class Level(nn.Module):
                 x = self.attentions[i](x, ops)
         return x
 
-    def resample(self, x: Tensor) -> Tensor:
+    def resample(self, x: Tensor, ops: Ops) -> Tensor:
         """``[B, C', H, W] -> [B, C', H', W']``."""
-        for resample in (self.downsamplers, self.upsamplers):
-            x = x if resample is None else resample[0](x)
+        if self.downsamplers is not None:
+            x = self.downsamplers[0](x)
+        if self.upsamplers is not None:
+            x = self.upsamplers[0](x, (2 * x.shape[2], 2 * x.shape[3]), ops)
         return x
 
 
@@ -235,7 +213,7 @@ class Encoder(nn.Module):
         for i, kind in enumerate(config.down_block_types):
             level = Level(channels[max(i - 1, 0)], channels[i], config.layers_per_block, groups, _DOWN[kind])
             if i < len(channels) - 1:
-                level.downsamplers = nn.ModuleList([Downsample(channels[i])])
+                level.downsamplers = nn.ModuleList([Downsample(channels[i], 0)])
             self.down_blocks.append(level)
         self.mid_block = Middle(channels[-1], groups, config.mid_block_add_attention)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
@@ -277,7 +255,7 @@ class Decoder(nn.Module):
 
     def grow(self, x: Tensor, ops: Ops) -> Tensor:
         """``[B, C', h, w] -> [B, 3, H, W]``."""
-        x = cast(Level, self.up_blocks[0]).resample(x)
+        x = cast(Level, self.up_blocks[0]).resample(x, ops)
         for level in self.up_blocks[1:]:
             x = level(x, ops)
         return self.conv_out(_norm_silu(self.conv_norm_out, x, ops))
