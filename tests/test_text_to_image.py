@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -264,6 +265,24 @@ def test_bad_calls_are_named(sd, options, message):
     with pytest.raises(FastdiffError, match=message) as caught:
         sd[1](num_inference_steps=2, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["StableDiffusionUpscalePipeline", "StableDiffusionInstructPix2PixPipeline", "StableDiffusion3Pipeline"]
+)
+def test_pipelines_that_mean_something_else_by_the_same_parts_are_named(sd, tmp_path, name):
+    """Their networks load, but read their extra channels otherwise."""
+    index = json.loads((sd[2] / "model_index.json").read_text()) | {"_class_name": name}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ArtifactError, match=f"_class_name is '{name}'; supported"):
+        load_folder(tmp_path)
+
+
+def test_the_refiner_is_named(xl, tmp_path):
+    index = json.loads((xl[2] / "model_index.json").read_text()) | {"requires_aesthetics_score": True}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ArtifactError, match="requires_aesthetics_score"):
+        load_folder(tmp_path)
 
 
 def test_foreign_folders_are_named(sd, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,7 @@ from fastdiff.models.tiling import run_tiled
 OVERLAP = 16  # of tiles, in latents, where no overlap is exact
 
 
-class Codec(nn.Module):
+class Codec(nn.Module, ABC):
     """What all autoencoders share: the checks of shapes, the scale of the latents, tiles.
 
     A subclass gives the fields below and takes both directions apart: what runs at the size of the latents is cheap, so
@@ -28,21 +30,21 @@ class Codec(nn.Module):
     shift: tuple[float, ...]  # one for all channels, or one for each
     spread: tuple[float, ...]
 
+    @abstractmethod
     def _encode_tile(self, images: Tensor) -> Tensor:
         """From pixels to the size of the latents."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _encode_whole(self, x: Tensor) -> Tensor:
         """From there to what the encoder gives."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _decode_whole(self, latents: Tensor) -> Tensor:
         """From latents to the last that is of their size."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _decode_tile(self, x: Tensor) -> Tensor:
         """From there to pixels."""
-        raise NotImplementedError
 
     @property
     def exact_overlap(self) -> int | None:

@@ -18,14 +18,19 @@ from fastdiff.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from fastdiff.models.autoencoder_files import load_autoencoder
 from fastdiff.models.config import UNetConfig
 from fastdiff.models.controlnet import ControlNet, ControlNetConfig
-from fastdiff.models.files import find_weights, inside, read_json, read_metadata, read_tensors
+from fastdiff.models.files import find_weights, inside, read_json, read_metadata, read_tensors, shown
 from fastdiff.models.text import TextEncoder, text_encoder_of
 from fastdiff.models.unet import UNet
 from fastdiff.models.weights import load_strictly, load_unet
 from fastdiff.text_to_image.pipeline import Parts, TextToImage
 
 INDEX = "model_index.json"
-TEXT_TO_IMAGE = ("StableDiffusion", "StableDiffusionXL", "LatentConsistencyModel")
+# the kinds of calls that one loaded model answers, whichever of them the folder was saved by
+TEXT_TO_IMAGE = tuple(
+    f"{family}{kind}Pipeline"
+    for family in ("StableDiffusion", "StableDiffusionXL")
+    for kind in ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetImg2Img", "ControlNetInpaint")
+) + ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
 TEXT_PARTS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 Source = str | os.PathLike[str]
 
@@ -42,7 +47,7 @@ def load_folder(
     """Load a folder with a ``model_index.json``, as diffusers writes it.
 
     Args:
-        folder: of ``StableDiffusion*`` or ``StableDiffusionXL*``, with ``unet``, ``vae``, ``scheduler``, tokenizers and
+        folder: saved by a pipeline of ``TEXT_TO_IMAGE``, with ``unet``, ``vae``, ``scheduler``, tokenizers and
             text encoders. Safety checkers and feature extractors are not run.
         controlnet: folders of ControlNets to load beside it.
         device: where to run.
@@ -56,9 +61,11 @@ def load_folder(
     """
     root = Path(folder)
     index = read_json(inside(root, INDEX))
-    name = str(index.get("_class_name"))
-    if not name.removesuffix("Pipeline").startswith(TEXT_TO_IMAGE):
-        raise ArtifactError(f"{root / INDEX}: _class_name is {name!r}; supported: {', '.join(TEXT_TO_IMAGE)} pipelines")
+    name = index.get("_class_name")
+    if name not in TEXT_TO_IMAGE:
+        raise ArtifactError(f"{root / INDEX}: _class_name is {shown(name)}; supported: {', '.join(TEXT_TO_IMAGE)}")
+    if index.get("requires_aesthetics_score"):
+        raise ArtifactError(f"{root / INDEX}: requires_aesthetics_score is true: SDXL's refiner is not supported")
     place, ops = _device(device)
     unet = load_unet(_part(root, index, "unet"), dtype, ops, variant=variant, allow_pickle=allow_pickle)
     vae = load_autoencoder(_part(root, index, "vae"), dtype, _wide(ops), variant=variant, allow_pickle=allow_pickle)

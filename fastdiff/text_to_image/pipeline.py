@@ -104,8 +104,6 @@ class TextToImage:
         texts = listed(prompt)
         encoders = self.parts.text_encoders
         prompts = [texts, listed(prompt_2 or prompt)][: len(encoders)]
-        if len(encoders) == 1 and self.parts.xl:  # the refiner's layout: the second encoder alone
-            prompts = prompts[-1:]
         return encode(encoders, prompts, clip_skip, self.parts.xl)
 
     def _texts(
