@@ -157,9 +157,8 @@ class AutoencoderTiny(Codec):
 
     Tiles are exact, up to rounding, from an overlap of ``exact_overlap`` latents (18 for the published sizes: twice how
     far a pixel looks above the size of the latents), and this is the default. With less, a pixel near a border lacks
-    part of its surrounding; blending hides the seam, not the error. For taef2 and tiles of 24, root mean square over
-    the spread of the image: 8e-4 with an overlap of 8, 2e-4 with 16, where diffusers' tiles give 0.1. A pool above the
-    size of the latents (no published network has one) takes its statistics from the tile, so no overlap is exact.
+    part of its surrounding; blending hides the seam, not the error. A pool above the size of the latents (no published
+    network has one) takes its statistics from the tile, so no overlap is exact.
 
     Args:
         config: the sizes.
