@@ -10,8 +10,7 @@ from . import reference
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``reference.linear`` by oneDNN's own product. It knows float32 and no gradients; all else goes the usual way.
-    """
+    """``reference.linear`` by oneDNN's own product. It knows float32 and no gradients; all else goes the usual way."""
     if _LINEAR is None or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     return _LINEAR(x, weight, bias, "none", [], "")
