@@ -26,7 +26,26 @@ def _onnxruntime(model: Model, spec: Spec) -> Network:
     return load(model, spec)
 
 
-BACKENDS: dict[str, Backend] = {"eager": _eager, "compile": _compiled, "onnxruntime": _onnxruntime}
+def _native(model: Model, spec: Spec) -> Network:
+    from fastdiff.backends.native import load
+
+    return load(model, spec)
+
+
+def _auto(model: Model, spec: Spec) -> Network:
+    from fastdiff.backends.eager import place
+    from fastdiff.backends.native import fastest
+
+    return fastest(place(model, spec))
+
+
+BACKENDS: dict[str, Backend] = {
+    "auto": _auto,
+    "eager": _eager,
+    "native": _native,
+    "compile": _compiled,
+    "onnxruntime": _onnxruntime,
+}
 
 
 def load_backend(name: str, model: Model, spec: Spec) -> Network:

@@ -118,7 +118,8 @@ class UNetNetwork:
         return x.to(self.dtype, memory_format=torch.channels_last)
 
 
-def _place(model: Model, spec: Spec) -> UNet:
+def place(model: Model, spec: Spec) -> UNet:
+    """The model's UNet where and as it is to run."""
     if spec.device.type == "cuda" and not torch.cuda.is_available():
         raise BackendError("device is 'cuda', but torch sees no GPU here; allowed: 'cpu'")
     if spec.artifact is not None:
@@ -130,7 +131,7 @@ def _place(model: Model, spec: Spec) -> UNet:
 
 def load(model: Model, spec: Spec) -> UNetNetwork:
     """Load into plain torch; on a GPU with the fused Triton kernels."""
-    return UNetNetwork(_place(model, spec))
+    return UNetNetwork(place(model, spec))
 
 
 def load_compiled(model: Model, spec: Spec) -> UNetNetwork:
@@ -141,6 +142,6 @@ def load_compiled(model: Model, spec: Spec) -> UNetNetwork:
     """
     if spec.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         raise BackendError("backend 'compile' needs a C++ compiler (g++ or clang++) on the CPU; none was found")
-    unet = _place(model, spec)
+    unet = place(model, spec)
     unet.ops = REFERENCE  # the compiler fuses plain torch itself
     return UNetNetwork(unet, torch.compile(unet.trunk, dynamic=False))

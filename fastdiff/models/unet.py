@@ -377,15 +377,14 @@ class Encoder(nn.Module):
 
     def contexts(self, tokens: Tensor) -> list[TokenPair]:
         """Keys and values of the conditioning's tokens ``[B, L, E]`` for every attention that reads them, in order."""
-        crossing = (
-            attention
-            for block in self.blocks()
-            for transformer in block.attentions or ()
-            for layer in getattr(transformer, "transformer_blocks", ())
-            for attention in (layer.attn1, layer.attn2)
-            if attention.crosses
-        )
-        return [attention.keys_values(tokens, self.ops) for attention in crossing]
+        return [attention.keys_values(tokens, self.ops) for attention in self.crossing()]
+
+    def crossing(self) -> Iterator[TokenAttention]:
+        """Every attention that reads the conditioning, in the order in which they run."""
+        for block in self.blocks():
+            for transformer in block.attentions or ():
+                for layer in getattr(transformer, "transformer_blocks", ()):
+                    yield from (attention for attention in (layer.attn1, layer.attn2) if attention.crosses)
 
     def encode(self, x: Tensor, rows: Iterator[Tensor], context: Iterator[TokenPair]) -> tuple[Tensor, list[Tensor]]:
         """Run down and through the middle, from what ``conv_in`` gave: the deepest features, and what is kept."""
