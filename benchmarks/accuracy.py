@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.benchmarks.orders import exact
-from fastdiff.benchmarks.peers import SHIFTS, Denoised, First, Peer, Run, diffusers_peers, k_diffusion_peers
+from fastdiff.benchmarks.sampler_peers import SHIFTS, Denoised, First, Peer, Run, diffusers_peers, k_diffusion_peers
 from fastdiff.benchmarks.variants import Variant, distinct, variants
 from fastdiff.errors import PlanError
 from fastdiff.pipeline import Pipeline

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastdiff.models.files import write_text
 
-LIBRARIES = ("torch", "triton", "onnx", "onnxruntime", "diffusers", "numpy", "fastdiff")
+LIBRARIES = ("torch", "triton", "onnx", "onnxruntime", "openvino", "diffusers", "numpy", "fastdiff")
 # What decides which code path a CPU library takes for convolutions and matrix products.
 FLAGS = (
     "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_tile",

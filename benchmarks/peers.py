@@ -1,226 +1,256 @@
-"""The samplers of diffusers and k-diffusion that solve the ODE, with the options their documentation offers.
+"""One UNet evaluation, and a whole DDIM run, in every CPU runtime: same weights, same input, outputs compared.
 
-Each is driven as its users drive it, but its network is asked at exactly the noise level that the sampler itself
-computes with, where the libraries round to whole timesteps; that favours them.
+The runtimes take turns, round by round, each after a pause in which the threads of the one before it go to sleep.
+A time stands as a ratio to diffusers' in the same run, beside the error to a float64 run of the same network.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
+import argparse
+import copy
+import gc
+import json
+import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
-Denoised = Callable[[Tensor, float, float], Tensor]  # (x, alpha, sigma) -> E[x0 | x]
-First = Callable[[float, float], Tensor]  # (alpha, sigma) -> the state to start from at this noise level
+from fastdiff.pipeline import resolve
+from fastdiff.benchmarks.environment import environment, relative_error, write_json
+from fastdiff.benchmarks.layouts import DDPM_CIFAR, SD15
+from fastdiff.benchmarks.runtimes import RUNTIMES, Evaluate, Inputs, installed
 
-
-class Run(NamedTuple):
-    """What a sampler made of the starting noise, and how often it asked the network."""
-
-    x: Tensor
-    calls: int
-
-
-class Peer(NamedTuple):
-    """One sampler with one grid; ``run(denoised, first, budget)`` is None where the budget is too small for it."""
-
-    library: str
-    label: str
-    run: Callable[[Denoised, First, int], Run | None]
+PAUSE = 0.05  # seconds: thread pools spin for a while after their last work
+TOKENS = 77
+DDIM_STEPS = 20
+QUICK = ("diffusers", "channels-last", "onnxruntime", "openvino", "fastdiff")  # those that need no compiling
 
 
-# --- diffusers ------------------------------------------------------------------------------------------------------
+class Case(NamedTuple):
+    """What is measured: a layout and a batch, at the layout's own size unless told."""
 
-VP_GRIDS: dict[str, dict[str, Any]] = {
-    "linspace": {"timestep_spacing": "linspace"},
-    "trailing": {"timestep_spacing": "trailing"},
-    "leading": {"timestep_spacing": "leading", "steps_offset": 1},
-    "karras": {"use_karras_sigmas": True},
-    "exponential": {"use_exponential_sigmas": True},
-    "beta": {"use_beta_sigmas": True},
-    "lu": {"use_lu_lambdas": True},
-}
-SHIFTS = (0.8, 1.0, 1.1, 1.5, 3.0)  # of the straight path, for every library
-FLOW_GRIDS: dict[str, dict[str, Any]] = {
-    "karras": {"use_karras_sigmas": True},
-    "exponential": {"use_exponential_sigmas": True},
-    "beta": {"use_beta_sigmas": True},
-}
-MULTISTEP = [
-    *(("DPMSolverMultistep", {"solver_order": order}) for order in (1, 2, 3)),
-    ("DPMSolverMultistep", {"solver_order": 2, "solver_type": "heun"}),
-    ("DPMSolverMultistep", {"solver_order": 2, "euler_at_final": True}),
-    *(("DPMSolverSinglestep", {"solver_order": k, "lower_order_final": True}) for k in (2, 3)),
-    *(("DEISMultistep", {"solver_order": order}) for order in (2, 3)),
-    *(("UniPCMultistep", {"solver_order": order}) for order in (2, 3)),
-    ("UniPCMultistep", {"solver_order": 2, "solver_type": "bh1"}),
-    *(("SASolver", {"predictor_order": k, "corrector_order": k, "tau_func": lambda t: 0.0}) for k in (2, 3)),
-]
-VP = [
-    ("DDIM", {"clip_sample": False}),
-    ("PNDM", {"skip_prk_steps": True, "set_alpha_to_one": True}),
-    ("PNDM", {"skip_prk_steps": False, "set_alpha_to_one": True}),
-    *MULTISTEP,
-    ("DPMSolverMultistep", {"solver_order": 2, "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
-    *((name, {}) for name in ("EulerDiscrete", "HeunDiscrete", "KDPM2Discrete", "LMSDiscrete")),
-]
-FLOW = [("FlowMatchEulerDiscrete", {}), ("FlowMatchHeunDiscrete", {}), *MULTISTEP]
-UNSHOWN = ("clip_sample", "tau_func")
-RATIO_STATE = ("EulerDiscrete", "HeunDiscrete", "KDPM2Discrete", "LMSDiscrete")  # their state is x / alpha
+    layout: str
+    batch: int
+    size: int = 0
+    ddim: bool = False  # whole runs too
+
+    @property
+    def name(self) -> str:
+        """As it stands in reports."""
+        return f"{self.layout} batch {self.batch}" + (f" at {self.size}" if self.size else "")
 
 
-def diffusers_peers(kind: str, shifts: Sequence[float] = SHIFTS) -> Iterator[Peer]:
-    """Diffusers' schedulers for ``kind`` ``"vp"`` (the linear betas of DDPM) or ``"flow"`` (the straight path)."""
-    import diffusers
+def network_of(layout: str) -> nn.Module:
+    """A layout's network with seeded random weights, or the bundled model: diffusers' module in float32."""
+    from diffusers import UNet2DConditionModel, UNet2DModel
 
-    diffusers.logging.set_verbosity_error()
-    shifted = {f"shift {shift:g}": {"shift": shift, "flow_shift": shift} for shift in shifts}
-    schedulers, grids = (VP, VP_GRIDS) if kind == "vp" else (FLOW, shifted | FLOW_GRIDS)
-    for name, options in schedulers:
-        factory = getattr(diffusers, f"{name}Scheduler")
-        known = inspect.signature(factory).parameters
-        given = dict(options)
-        if kind == "vp":
-            given |= {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "epsilon"}
-        elif "use_flow_sigmas" in known:
-            given |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-        for grid, choice in grids.items():
-            chosen = {key: value for key, value in choice.items() if key in known}
-            if len(chosen) == 0 < len(choice):
-                continue  # it has no such grid
-            shown = ", ".join(f"{key}={value}" for key, value in options.items() if key not in UNSHOWN)
-            yield Peer("diffusers", f"{name}({shown}) on {grid}", _diffusers_run(factory, given | chosen, name, kind))
+    torch.manual_seed(0)
+    if layout == "digits":
+        return UNet2DModel.from_pretrained(resolve("digits"), low_cpu_mem_usage=False).eval().requires_grad_(False)
+    config = {"ddpm-cifar": DDPM_CIFAR, "sd15": SD15}[layout]
+    kind = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}[config["_class_name"]]
+    return kind.from_config(config).eval().requires_grad_(False)
 
 
-def _diffusers_run(
-    factory: Callable[..., Any], options: dict[str, Any], name: str, kind: str
-) -> Callable[[Denoised, First, int], Run | None]:
-    @torch.no_grad()
-    def run(denoised: Denoised, first: First, budget: int) -> Run | None:
-        for n in range(budget, 0, -1):
-            scheduler = factory(**options)
-            scheduler.set_timesteps(n)
-            if len(scheduler.timesteps) <= budget:
-                break
-        else:
-            return None
-        x: Tensor | None = None
-        for i, t in enumerate(scheduler.timesteps):
-            alpha, sigma = _level(scheduler, i, t, name, kind)
-            x = first(alpha, sigma) if x is None else x
-            if hasattr(scheduler, "scale_model_input"):
-                scheduler.scale_model_input(x, t)  # for its bookkeeping; the network here takes the state unscaled
-            noise_or_velocity = (x - (alpha if kind == "vp" else 1.0) * denoised(x, alpha, sigma)) / sigma
-            x = scheduler.step(noise_or_velocity, t, x).prev_sample
-        assert x is not None
-        return Run(x, len(scheduler.timesteps))
-
-    return run
+def inputs_of(network: nn.Module, case: Case) -> Inputs:
+    """Seeded inputs of one evaluation."""
+    generator, config = torch.Generator().manual_seed(1), network.config
+    size = case.size or config.sample_size
+    inputs = {
+        "sample": torch.randn(case.batch, config.in_channels, size, size, generator=generator),
+        "timestep": torch.tensor(500.0),
+    }
+    if getattr(config, "cross_attention_dim", None):
+        width = config.cross_attention_dim
+        inputs["encoder_hidden_states"] = torch.randn(case.batch, TOKENS, width, generator=generator)
+    if config.num_class_embeds:
+        inputs["class_labels"] = torch.arange(case.batch) % 10
+    return inputs
 
 
-def _level(scheduler: Any, i: int, t: Tensor, name: str, kind: str) -> tuple[float, float]:
-    """``(alpha, sigma)`` of the state the scheduler holds before its step ``i``."""
-    if name in ("DDIM", "PNDM"):
-        bar = float(scheduler.alphas_cumprod[int(t)])
-        return bar**0.5, (1 - bar) ** 0.5
-    # KDPM2 keeps the levels of its second stages in a list of their own
-    levels = scheduler.sigmas_interpol if name == "KDPM2Discrete" and i % 2 else scheduler.sigmas
-    level = float(levels[i])
-    if kind == "flow":
-        return 1 - level, level
-    return (1.0, level) if name in RATIO_STATE else (1 / (1 + level**2) ** 0.5, level / (1 + level**2) ** 0.5)
+def flops_of(network: nn.Module, inputs: Inputs) -> float:
+    """Floating-point operations of one evaluation, convolutions counted directly."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        RUNTIMES["diffusers"](network, inputs, Path())(inputs["sample"], inputs["timestep"])
+    return float(counter.get_total_flops())
 
 
-# --- k-diffusion ----------------------------------------------------------------------------------------------------
+def matrix_rate() -> float:
+    """What the machine gives a float32 matrix product, in operations a second: the best of torch's two libraries."""
+    n = 2048
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    products = [lambda: a @ b, lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")]
+    best = float("inf")
+    for _ in range(8):
+        for product in products[: 1 + torch.backends.mkldnn.is_available()]:
+            begin = time.perf_counter()
+            product()
+            best = min(best, time.perf_counter() - begin)
+    return 2 * n**3 / best
 
 
-def load_k_diffusion() -> ModuleType | None:
-    """Return ``k_diffusion.sampling``, or None where it is not installed.
+def ddim(run: Evaluate, start: Tensor, layout: str) -> Tensor:
+    """Images of twenty steps of diffusers' scheduler: DDIM; for the bundled flow Euler's method, which is DDIM there."""
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-    The package imports all that training needs (wandb, CLIP, kornia...) when it is imported; the samplers use none of
-    it. So only this one module is loaded: ``pip install --no-deps k-diffusion torchsde torchdiffeq trampoline`` is
-    enough. Its one use of ``k_diffusion.utils`` is ``append_dims``.
+    flow = layout == "digits"
+    scheduler = FlowMatchEulerDiscreteScheduler() if flow else DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(DDIM_STEPS)
+    x = start
+    for t in scheduler.timesteps:
+        x = scheduler.step(run(x, t.float()), t, x).prev_sample
+    crop = 2 if flow else 0
+    return (x[..., crop : x.shape[-2] - crop, crop : x.shape[-1] - crop] / 2 + 0.5).clamp(0, 1)
+
+
+def our_ddim(network: nn.Module, inputs: Inputs, layout: str, folder: Path) -> Any:
+    """The same run by the project's own loop, from what diffusers saves or from the bundled model."""
+    from fastdiff.pipeline import Pipeline
+
+    labels = inputs["class_labels"].tolist() if "class_labels" in inputs else None
+    if layout == "digits":
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(DDIM_STEPS)
+        pipe, how = Pipeline.from_pretrained("digits"), {"sampler": "ddim", "sigmas": scheduler.sigmas.tolist()}
+    else:
+        from diffusers import DDIMPipeline, DDIMScheduler
+
+        DDIMPipeline(network, DDIMScheduler(clip_sample=False)).save_pretrained(folder / "ddim")
+        pipe, how = Pipeline.from_pretrained(folder / "ddim"), {"num_inference_steps": DDIM_STEPS}
+    count = len(inputs["sample"]) if labels is None else 1
+    return lambda start: pipe(
+        labels, latents=start, guidance_scale=1.0, output_type="pt", num_images_per_prompt=count, **how
+    ).images
+
+
+def measure(case: Case, runtimes: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Time one case in every runtime.
+
+    Args:
+        case: what.
+        runtimes: names of ``RUNTIMES``; those that are not installed are left out.
+        rounds: interleaved rounds.
+
+    Returns:
+        The case, its operations, and a row for each runtime, ready for JSON.
     """
-    spec = importlib.util.find_spec("k_diffusion")
-    if spec is None or spec.submodule_search_locations is None:
-        return None
-    package, utils = ModuleType("k_diffusion"), ModuleType("k_diffusion.utils")
-    package.__path__ = list(spec.submodule_search_locations)
-    utils.append_dims = lambda x, n: x.reshape(*x.shape, *(1,) * (n - x.ndim))  # type: ignore[attr-defined]
-    held = {"k_diffusion": package, "k_diffusion.utils": utils}
-    sys.modules |= held
-    try:
-        return importlib.import_module("k_diffusion.sampling")
-    except ImportError:
-        return None
-    finally:
-        for name in held:
-            del sys.modules[name]
-
-
-def k_diffusion_peers(sigma_max: float) -> Iterator[Peer]:
-    """k-diffusion's samplers on its grids, from ``sigma_max`` down; none where it is not installed."""
-    module = load_k_diffusion()
-    if module is None:
-        return
-    silent = {"noise_sampler": lambda *_: 0.0, "eta": 0.0}
-    samplers: dict[str, dict[str, Any]] = {
-        "euler": {}, "heun": {}, "dpm_2": {}, "lms": {}, "dpmpp_2m": {}, "dpmpp_2s_ancestral": silent,
-        "dpmpp_sde": silent, "dpmpp_2m_sde": silent, "dpmpp_3m_sde": silent,
+    network = network_of(case.layout)
+    inputs = inputs_of(network, case)
+    sample, timestep = inputs["sample"], inputs["timestep"]
+    with torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
+        exact = copy.deepcopy(network).double()
+        doubled = {name: v.double() if v.is_floating_point() else v for name, v in inputs.items()}
+        truth = RUNTIMES["diffusers"](exact, doubled, Path())(doubled["sample"], timestep)
+        del exact
+        gc.collect()
+        runs = {name: RUNTIMES[name](network, inputs, Path(scratch)) for name in runtimes if installed(name)}
+        errors = {name: relative_error(run(sample, timestep), truth) for name, run in runs.items()}
+        times = _turns({name: lambda run=run: run(sample, timestep) for name, run in runs.items()}, rounds, case.name)
+        rows = [_row(name, times, errors) for name in runs]
+        if case.ddim:
+            whole = {
+                name: lambda run=run: ddim(run, sample, case.layout) for name, run in runs.items() if name != "fastdiff"
+            }
+            if "fastdiff" in runs:
+                loop = our_ddim(network, inputs, case.layout, Path(scratch))
+                whole["fastdiff"] = lambda: loop(sample)
+            first = whole["diffusers"]()
+            spent = _turns(whole, max(rounds // 2, 3), f"{case.name} DDIM-{DDIM_STEPS}")
+            for row in rows:
+                name = row["runtime"]
+                row["ddim_ms"] = round(1e3 * statistics.median(spent[name]), 3)
+                row["ddim_ratio"] = ratio(spent, name)
+                row["ddim_difference"] = relative_error(whole[name](), first)
+        flops = flops_of(network, inputs)
+    rate = matrix_rate()
+    for row in rows:
+        row["share_of_matrix_rate"] = round(flops / (row["ms"] / 1e3) / rate, 3)
+    return {
+        "layout": case.layout, "batch": case.batch, "size": int(sample.shape[-1]), "gflop": round(flops / 1e9, 2),
+        "matrix_gflops": round(rate / 1e9, 1), "rounds": rounds, "rows": rows,
     }  # fmt: skip
-    grids: dict[str, Callable[[int], Tensor]] = {}
-    for low in (0.002, 0.01, 0.03):
-        grids[f"karras from {low}"] = lambda n, low=low: module.get_sigmas_karras(n, low, sigma_max)
-        grids[f"exponential from {low}"] = lambda n, low=low: module.get_sigmas_exponential(n, low, sigma_max)
-    grids["vp"] = module.get_sigmas_vp
-    for name, options in samplers.items():
-        sampler = getattr(module, f"sample_{name}")
-        for grid, sigmas in grids.items():
-            yield Peer("k-diffusion", f"{name} on {grid}", _k_run(sampler, sigmas, options))
-    for low in (0.002, 0.01, 0.03):
-        yield Peer("k-diffusion", f"dpm_fast from {low}", _dpm_fast(module.sample_dpm_fast, low, sigma_max))
 
 
-def _counted(denoised: Denoised) -> tuple[Callable[..., Tensor], list[float]]:
-    asked: list[float] = []
-
-    def model(x: Tensor, sigma: Tensor) -> Tensor:
-        asked.append(float(sigma[0]))
-        return denoised(x, 1.0, asked[-1])
-
-    return model, asked
-
-
-def _k_run(
-    sampler: Callable[..., Tensor], grid: Callable[[int], Tensor], options: dict[str, Any]
-) -> Callable[[Denoised, First, int], Run | None]:
-    @torch.no_grad()
-    def run(denoised: Denoised, first: First, budget: int) -> Run | None:
-        for n in range(budget, 0, -1):
-            sigmas = grid(n)
-            nothing, asked = _counted(lambda x, alpha, sigma: x)
-            sampler(nothing, torch.zeros(1, 1, 1, 1), sigmas, disable=True, **options)
-            if len(asked) <= budget:
-                break
-        else:
-            return None
-        model, asked = _counted(denoised)
-        return Run(sampler(model, first(1.0, float(sigmas[0])), sigmas, disable=True, **options), len(asked))
-
-    return run
+def _turns(runs: dict[str, Any], rounds: int, label: str) -> dict[str, list[float]]:
+    """Seconds of each run in each round; they take turns, and which comes first changes."""
+    names = list(runs)
+    for name in names:
+        runs[name]()
+    spent: dict[str, list[float]] = {name: [] for name in names}
+    for turn in tqdm(range(rounds), desc=label, unit="round", leave=False, disable=None):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            time.sleep(PAUSE)
+            begin = time.perf_counter()
+            runs[name]()
+            spent[name].append(time.perf_counter() - begin)
+    return spent
 
 
-def _dpm_fast(sampler: Callable[..., Tensor], low: float, high: float) -> Callable[[Denoised, First, int], Run | None]:
-    @torch.no_grad()
-    def run(denoised: Denoised, first: First, budget: int) -> Run | None:
-        model, asked = _counted(denoised)
-        return Run(sampler(model, first(1.0, high), low, high, budget, disable=True), len(asked))
+def ratio(spent: dict[str, list[float]], name: str, to: str = "diffusers") -> float:
+    """The median over rounds of one run's time over another's in the same round."""
+    return round(statistics.median(a / b for a, b in zip(spent[name], spent[to], strict=True)), 4)
 
-    return run
+
+def _row(name: str, spent: dict[str, list[float]], errors: dict[str, float]) -> dict[str, Any]:
+    peers = [other for other in spent if other not in ("diffusers", "fastdiff")]
+    best = min(peers, key=lambda other: statistics.median(spent[other]), default="diffusers")
+    return {
+        "runtime": name, "ms": round(1e3 * statistics.median(spent[name]), 3), "ms_least": round(1e3 * min(spent[name]), 3),
+        "ratio": ratio(spent, name), "best_other": best, "ratio_to_best_other": ratio(spent, name, best),
+        "error": errors[name],
+    }  # fmt: skip
+
+
+def show(result: dict[str, Any]) -> str:
+    """A table for people."""
+    lines = [
+        f"{result['layout']} batch {result['batch']}, {result['size']}x{result['size']}, {result['gflop']} GFLOP, "
+        f"matrix rate {result['matrix_gflops']} GFLOP/s, {result['rounds']} rounds",
+        f"{'runtime':18}{'ms':>10}{'ratio':>8}{'share':>8}{'error':>10}{'DDIM ms':>10}{'ratio':>8}",
+    ]
+    for row in result["rows"]:
+        whole = f"{row['ddim_ms']:10.1f}{row['ddim_ratio']:8.3f}" if "ddim_ms" in row else ""
+        lines.append(
+            f"{row['runtime']:18}{row['ms']:10.2f}{row['ratio']:8.3f}{row['share_of_matrix_rate']:8.2f}"
+            f"{row['error']:10.1e}{whole}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m fastdiff.benchmarks.peers``."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--layout", default="ddpm-cifar", choices=["digits", "ddpm-cifar", "sd15"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES), choices=list(RUNTIMES))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--no-ddim", action="store_true", help="single evaluations only")
+    parser.add_argument("--out", type=Path, help="also write everything to this JSON file")
+    options = parser.parse_args(arguments)
+    if "diffusers" not in options.runtimes:
+        parser.error("--runtimes must name diffusers: the others are measured against it")
+    whole = not options.no_ddim and options.layout != "sd15"
+    cases = [Case(options.layout, batch, ddim=whole) for batch in options.batch]
+    report: dict[str, Any] = {"environment": environment(torch.device("cpu")), "cases": []}
+    print(json.dumps(report["environment"]))
+    for case in cases:
+        report["cases"].append(measure(case, options.runtimes, options.rounds))
+        print(show(report["cases"][-1]), flush=True)
+    if options.out:
+        write_json(options.out, report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -76,7 +76,7 @@ class Pipeline:
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        backend: str = "eager",
+        backend: str = "auto",
         artifact: str | os.PathLike[str] | None = None,
         controlnet: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
         variant: str | None = None,
@@ -127,9 +127,7 @@ class Pipeline:
         name = read_json(inside(folder, INDEX)).get("_class_name")
         how = {"variant": variant, "allow_pickle": allow_pickle}
         if name not in UNCONDITIONAL:
-            if backend != "eager":
-                raise BackendError(f"backend is {backend!r}; text-to-image models run on 'eager'")
-            return load_folder(folder, controlnet=controlnet, device=device, dtype=dtype, **how)
+            return load_folder(folder, controlnet=controlnet, device=device, dtype=dtype, backend=backend, **how)
         sampler = from_diffusers_scheduler(inside(folder, "scheduler"))
         place = torch.device(device)
         model = Model(load_unet(inside(folder, "unet"), **how), ModelInfo(), folder / "unet")

@@ -9,6 +9,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["FASTDIFF_MEASURE"] = "0"  # the same choices on every machine, and no time spent on measuring
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "backends": {"errors", "kernels", "sampling", "models", "artifact"},
     "export": {"errors", "kernels", "sampling", "models", "artifact", "backends"},
     "training": {"errors", "kernels", "sampling", "models"},
-    "integrations": {"errors", "kernels", "sampling", "models"},
+    "integrations": {"errors", "kernels", "sampling", "models", "backends"},
     "images": {"errors"},
     "text_to_image": {"errors", "kernels", "sampling", "models", "backends", "integrations", "images"},
     "pipeline": {"errors", "kernels", "sampling", "models", "backends", "integrations", "images", "text_to_image"},

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastdiff.benchmarks import accuracy, moments, orders, peers
+from fastdiff.benchmarks import accuracy, moments, orders, sampler_peers
 from fastdiff.benchmarks.host_cost import Identity, bare
 from fastdiff.benchmarks.variants import distinct, variants
 from fastdiff.sampling.denoiser import NetworkDenoiser
@@ -112,7 +112,7 @@ def test_peers_solve_the_problem_they_are_given():
     """With many calls everybody is near the solution: nobody is fed wrong times, scales or outputs."""
     pytest.importorskip("diffusers")
     problem = _toy()
-    found = [*peers.diffusers_peers("vp"), *peers.k_diffusion_peers(problem.sigma_max)]
+    found = [*sampler_peers.diffusers_peers("vp"), *sampler_peers.k_diffusion_peers(problem.sigma_max)]
     chosen = [peer for peer in found if any(part in peer.label for part in ("karras from 0.01", "on trailing"))]
     chosen = [peer for peer in chosen if "bh1" not in peer.label]  # diffusers' gives NaN on fine grids
     assert len(chosen) > 10

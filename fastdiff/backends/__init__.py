@@ -27,16 +27,17 @@ def _onnxruntime(model: Model, spec: Spec) -> Network:
 
 
 def _native(model: Model, spec: Spec) -> Network:
-    from fastdiff.backends.native import load
+    from fastdiff.backends.eager import place
+    from fastdiff.backends.native import network_of
 
-    return load(model, spec)
+    return network_of(place(model, spec), "native")
 
 
 def _auto(model: Model, spec: Spec) -> Network:
     from fastdiff.backends.eager import place
-    from fastdiff.backends.native import fastest
+    from fastdiff.backends.native import network_of
 
-    return fastest(place(model, spec))
+    return network_of(place(model, spec), "auto")
 
 
 BACKENDS: dict[str, Backend] = {

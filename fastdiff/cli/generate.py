@@ -71,7 +71,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--latents", type=Path, help=".npy file with the starting noise, [B, C, H, W]")
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--dtype", default="float32", choices=sorted(DTYPES))
-    add("--backend", default="eager", choices=sorted(BACKENDS))
+    add("--backend", default="auto", choices=sorted(BACKENDS))
     add("--artifact", type=Path, help="exported file, for backends that run one")
     add("--out", type=Path, default=Path("out"), help="folder for the PNG files (default: out)")
 

@@ -22,16 +22,18 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fastdiff.backends.native import NativeTrunk
 from fastdiff.errors import PlanError
 from fastdiff.integrations.binding import Binding, LeftAlone, build, is_unet, stamp
 from fastdiff.kernels import CPU, REFERENCE, Ops, triton_ops
+from fastdiff.kernels.native import Unavailable
 from fastdiff.models.config import CONDITIONAL
 from fastdiff.models.unet import TokenPair, UNet
 
@@ -201,6 +203,8 @@ class Faster:
         self._runs: list[_Run] = []
         self._fed: Any = None
         self._ops: dict[str, Ops] = {"cpu": CPU}
+        self._native: Callable[..., Tensor] | None = None
+        self._last = float("inf")  # the time of the last call
         self.enabled = True
         self.calls, self.fallbacks = 0, Counter[str]()
         self.__name__, self.__doc__ = "forward", type(unet).forward.__doc__
@@ -284,6 +288,8 @@ class Faster:
             self._runs, self._fed = [], fed
         time, times = self._times(given["timestep"], sample)
         run = self._known_run(given.get("encoder_hidden_states"), time)
+        again = run is None if self._conditional else time is None or time > self._last
+        self._last = float("inf") if time is None else time
         if run is None and self._conditional:
             if not merged:  # a change through .data shows here at the latest
                 binding.follow_loras(scale, always=True)
@@ -292,7 +298,7 @@ class Faster:
         control = given.get("down_block_additional_residuals")
         control = () if control is None else (*control, given["mid_block_additional_residual"])
         x = sample.to(memory_format=torch.channels_last)
-        result = network.trunk(x, rows, () if run is None else run.contexts, control).contiguous()
+        result = self._trunk(network, sample, again)(x, rows, () if run is None else run.contexts, control).contiguous()
         return self._output(unet, result) if given.get("return_dict", True) else (result,)
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -345,6 +351,19 @@ class Faster:
             except ImportError:
                 self._ops[device] = REFERENCE
         return self._ops[device]
+
+    def _trunk(self, network: UNet, sample: Tensor, again: bool) -> Callable[..., Tensor]:
+        """What runs at every step: on a CPU a plan of fused ops, where it can be had; ``again``: a run begins."""
+        if sample.device.type != "cpu" or sample.dtype != torch.float32:
+            return network.trunk
+        if self._native is None:
+            try:
+                self._native = NativeTrunk(network, never_slower=True)
+            except Unavailable:
+                self._native = network.trunk
+        if isinstance(self._native, NativeTrunk):
+            self._native.refresh(again)
+        return self._native
 
     def _times(self, timestep: Any, sample: Tensor) -> tuple[float | None, Tensor]:
         """The time as a number, where the device need not be asked and all images share it, and ``[1 or B]``."""

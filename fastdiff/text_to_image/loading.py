@@ -41,6 +41,7 @@ def load_folder(
     controlnet: Source | Sequence[Source] = (),
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
     variant: str | None = None,
     allow_pickle: bool = False,
 ) -> TextToImage:
@@ -52,6 +53,7 @@ def load_folder(
         controlnet: folders of ControlNets to load beside it.
         device: where to run.
         dtype: of the networks; the loop is float32, and so is an autoencoder that overflows in float16.
+        backend: of the UNet, see ``fastdiff.backends.native.network_of``.
         variant: which of several weights, such as ``"fp16"``.
         allow_pickle: read pickled UNet and autoencoder weights where there are no safetensors.
 
@@ -86,7 +88,7 @@ def load_folder(
         unet.config.addition_embed_type is not None,
         bool(index.get("force_zeros_for_empty_prompt", False)),
     )
-    return _assembled(parts, place, dtype)
+    return _assembled(parts, place, dtype, backend)
 
 
 def load_single_file(
@@ -97,6 +99,7 @@ def load_single_file(
     controlnet: Source | Sequence[Source] = (),
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
     allow_pickle: bool = False,
 ) -> TextToImage:
     """Load one checkpoint in the original layout of Stable Diffusion 1.x, 2.x or XL.
@@ -108,6 +111,7 @@ def load_single_file(
         controlnet: folders of ControlNets to load beside it.
         device: where to run.
         dtype: of the networks.
+        backend: of the UNet, see ``fastdiff.backends.native.network_of``.
         allow_pickle: read a ``.ckpt`` with torch's weights-only reader.
 
     Raises:
@@ -135,7 +139,7 @@ def load_single_file(
     sampler = from_diffusers_scheduler(single_file.scheduler_config(layout))
     xl = layout.family == "sdxl"
     loaded = tuple(load_controlnet(net, dtype, ops, allow_pickle=allow_pickle) for net in nets)
-    return _assembled(Parts(unet, vae, tuple(texts), sampler, loaded, xl, xl), place, dtype)
+    return _assembled(Parts(unet, vae, tuple(texts), sampler, loaded, xl, xl), place, dtype, backend)
 
 
 def load_controlnet(
@@ -184,11 +188,11 @@ def _wide(ops: Ops) -> Ops:
     return ops._replace(attention=REFERENCE.attention)
 
 
-def _assembled(parts: Parts, place: torch.device, dtype: torch.dtype) -> TextToImage:
+def _assembled(parts: Parts, place: torch.device, dtype: torch.dtype, backend: str) -> TextToImage:
     if dtype == torch.float16 and getattr(parts.vae.config, "force_upcast", False):
         parts.vae.float()
     for network in (parts.unet, parts.vae, *parts.controlnets):
         network.to(place)
     for encoder in parts.text_encoders:
         encoder.to(place)
-    return TextToImage(parts, place)
+    return TextToImage(parts, place, backend)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.backends.control import Control, ControlledNetwork
-from fastdiff.backends.eager import UNetNetwork
-from fastdiff.backends.native import fastest
+from fastdiff.backends.native import network_of
 from fastdiff.errors import PlanError, ShapeError
 from fastdiff.images import OUTPUTS, Output, Picture, grown, to_images, to_tensor
 from fastdiff.integrations.schedulers import Sampler
@@ -63,12 +62,12 @@ class TextToImage:
     Args:
         parts: the networks.
         device: where they are.
-        backend: ``"auto"`` or ``"eager"``, see ``fastdiff.backends``.
+        backend: of ``fastdiff.backends.native.network_of``.
     """
 
     def __init__(self, parts: Parts, device: torch.device, backend: str = "auto"):
         self.parts, self.device = parts, device
-        self.network = UNetNetwork(parts.unet) if backend == "eager" else fastest(parts.unet)
+        self.network = network_of(parts.unet, backend)
         named = {"unet": parts.unet}
         for i, encoder in enumerate(parts.text_encoders):
             named["text_encoder" if i == 0 else f"text_encoder_{i + 1}"] = encoder.model

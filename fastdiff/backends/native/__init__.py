@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-from fastdiff.backends.base import Spec
-from fastdiff.backends.eager import UNetNetwork, place
+import torch
+
+from fastdiff.backends.eager import UNetNetwork
 from fastdiff.backends.native.trunk import NativeNetwork, NativeTrunk
 from fastdiff.errors import BackendError
 from fastdiff.kernels.native import Unavailable
 from fastdiff.models.unet import UNet
-from fastdiff.models.weights import Model
+
+IN_TORCH = ("auto", "eager", "native")
 
 
-def load(model: Model, spec: Spec) -> NativeNetwork:
-    """Load into the CPU runtime.
+def network_of(unet: UNet, backend: str = "auto") -> UNetNetwork:
+    """A UNet in one of the backends that run it as it lies in memory.
+
+    Args:
+        unet: on its device, channels-last.
+        backend: ``"eager"``: plain torch, on a GPU with the Triton kernels; ``"native"``: the CPU runtime; ``"auto"``:
+            the CPU runtime where it can run and is not slower, else ``"eager"``.
 
     Raises:
-        BackendError: if the device or type is not its own, or it cannot be had here (see ``NativeTrunk``).
+        BackendError: if there is no such backend, or ``"native"`` cannot run here.
     """
-    if spec.device.type != "cpu" or spec.dtype.itemsize != 4:
-        raise BackendError(f"backend 'native' runs float32 on a CPU; asked for {spec.dtype} on {spec.device}")
-    try:
-        return NativeNetwork(place(model, spec))
-    except Unavailable as why:
-        raise BackendError(f"backend 'native' cannot run here: {why}") from why
-
-
-def fastest(unet: UNet) -> UNetNetwork:
-    """The plan where it can run and is not slower than plain torch, else plain torch; on a GPU, torch with kernels."""
+    if backend not in IN_TORCH:
+        raise BackendError(f"backend is {backend!r}; allowed for this model: {', '.join(IN_TORCH)}")
     weight = unet.conv_in.weight
-    if weight.device.type == "cpu" and str(weight.dtype) == "torch.float32":
+    suits = weight.device.type == "cpu" and weight.dtype == torch.float32
+    if backend == "native" and not suits:
+        raise BackendError(f"backend 'native' runs float32 on a CPU; this is {weight.dtype} on {weight.device}")
+    if backend != "eager" and suits:
         try:
-            return NativeNetwork(unet, never_slower=True)
-        except Unavailable:
-            pass
+            return NativeNetwork(unet, never_slower=backend == "auto")
+        except Unavailable as why:
+            if backend == "native":
+                raise BackendError(f"backend 'native' cannot run here: {why}") from why
     return UNetNetwork(unet)
 
 
-__all__ = ["NativeNetwork", "NativeTrunk", "fastest", "load"]
+__all__ = ["IN_TORCH", "NativeNetwork", "NativeTrunk", "network_of"]

@@ -102,11 +102,16 @@ class NativeTrunk:
         plan.run()
         return out
 
-    def refresh(self) -> None:
-        """Follow parameters that were changed in place or replaced. Call it before a run, not at every step."""
-        stamp = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.unet.parameters()]
+    def refresh(self, always: bool = False) -> None:
+        """Follow parameters that were changed in place or replaced. Call it before a run, not at every step.
+
+        Args:
+            always: make all copies again, even where torch has counted no change (one through ``.data``, say).
+        """
+        stamp = [(p.data_ptr(), None if p.is_inference() else p._version) for p in self.unet.parameters()]
+        counted = all(version is not None for _, version in stamp)
         with self._lock:
-            if stamp != self._stamp:
+            if always or not counted or stamp != self._stamp:
                 self._stamp = stamp
                 self._plans.clear()
                 self._weights.clear()
