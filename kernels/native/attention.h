@@ -96,7 +96,7 @@ static void attention(const Op& o, void** slots, const Team& team) {
                 const int r = part * VW + i;
                 from[i] = r < rows ? Q + (image * o.L + q0 + r) * o.ld0 + head * d : nullptr;
             }
-            transpose_rows(from, d, q + part * VW, NR, 0);
+            transpose_rows(from, d, q + part * VW, NR);
         }
         for (int c = 0; c < d * NR; c += VW) store(q + c, load(q + c) * scale);
         memset(sums, 0, sizeof(float) * d * NR);

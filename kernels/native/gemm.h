@@ -103,17 +103,14 @@ static inline __attribute__((always_inline)) void transpose(vf* r) {
     swap_blocks<1>(r);
 }
 
-// out[k][VW] = rows[VW][k], k in [0, len); a null row counts as zeros. What lies `ahead` of it is fetched meanwhile.
-static inline void transpose_rows(const float* const* rows, int len, float* out, int64_t ldo, int64_t ahead) {
+// out[k][VW] = rows[VW][k], k in [0, len); a null row counts as zeros
+static inline void transpose_rows(const float* const* rows, int len, float* out, int64_t ldo) {
     static const float zeros[VW] = {};
     int k = 0;
     vf r[VW];
     for (; k + VW <= len; k += VW) {
 #pragma GCC unroll 16
-        for (int i = 0; i < VW; i++) {
-            r[i] = load(rows[i] ? rows[i] + k : zeros);
-            __builtin_prefetch(rows[i] + k + ahead);
-        }
+        for (int i = 0; i < VW; i++) r[i] = load(rows[i] ? rows[i] + k : zeros);
         transpose(r);
 #pragma GCC unroll 16
         for (int i = 0; i < VW; i++) store(out + (k + i) * ldo, r[i]);
@@ -143,7 +140,7 @@ static inline void pack_piece(const float* w, int64_t ldw, int N, bool gated, in
             const int n = weight_row(panel, v * VW + i, N, gated);
             rows[i] = n < 0 || n >= weight_rows(N, gated) ? nullptr : w + n * ldw + column;
         }
-        transpose_rows(rows, len, out + v * VW, NR, 4 * VW);
+        transpose_rows(rows, len, out + v * VW, NR);
     }
 }
 

@@ -11,8 +11,10 @@
 
 namespace fd {
 
-constexpr int64_t TRANSFORMED = 12 << 20;  // bytes of transformed image at once
-constexpr int SPAN = 64;                   // channels of weights that are read at once
+// Bytes of transformed image at once. Every round reads (or makes) all transformed weights again: where these are few,
+// rounds are short, and what a round makes stays in the cache until it is read.
+constexpr int64_t LONG_ROUND = 12 << 20, SHORT_ROUND = 4 << 20, FEW_WEIGHTS = 16 << 20;
+constexpr int SPAN = 112;                  // channels of weights that are read at once
 constexpr int TILES = 42;                  // tiles at once, between product and back-transform
 constexpr int STRIP = 64;                  // channels of a strip of image that is normalised and transformed
 constexpr int64_t FRESH = 512 << 10;       // bytes of weights transformed on the way that stay close
@@ -84,7 +86,7 @@ static void transform_weights(const float* w, int N, int C, int panel, int c0, i
                     const int n = panel * NR + v * VW + i;
                     rows[i] = n < N ? w + ((int64_t)n * 9 + tap) * C + c : nullptr;
                 }
-                transpose_rows(rows, span, taps + tap * SPAN * VW, VW, tap < 8 ? C : SPAN - 8 * C);
+                transpose_rows(rows, span, taps + tap * SPAN * VW, VW);
             }
             for (int k = 0; k < span; k++) {
                 vf g[3], t[T], columns[T][3];
@@ -122,7 +124,9 @@ template <int m> struct WinogradConv {
         s.across = (o.W + m - 1) / m;
         s.panels = panel_count(o.N, false);
         const int64_t row = (int64_t)F * s.across * s.C * sizeof(float), all = (int64_t)o.B * s.down;
-        const int64_t rounds = (row * all + TRANSFORMED - 1) / TRANSFORMED;
+        const int64_t weights = (int64_t)F * s.C * o.N * sizeof(float);
+        const int64_t at_once = weights <= FEW_WEIGHTS ? SHORT_ROUND : LONG_ROUND;
+        const int64_t rounds = (row * all + at_once - 1) / at_once;
         s.rows_at_once = (all + rounds - 1) / rounds;
         s.most = (int64_t)s.rows_at_once * s.across;
         return s;
@@ -261,7 +265,7 @@ template <int m> struct WinogradConv {
                                 transform_weights<m>(weight, o.N, s.C, p, c0, c1, fresh_weights, w_step);
                             const float* w = o.packed ? weight + ((int64_t)p * F * s.C + c0) * NR : fresh_weights;
                             const int len = c1 - c0;
-                            for (int f = 0; f < F; f++)
+                            for (int f = 0; f < F; f++) {
                                 for (int part = 0; part < row_parts(wide); part++) {
                                     const int a = row_start(wide, part), b = row_start(wide, part + 1);
                                     const float* rows_of[MR];
@@ -270,6 +274,7 @@ template <int m> struct WinogradConv {
                                     tiles.by_rows[b - a](rows_of, &len, 1, w + f * w_step,
                                                          sums + f * spread(wide * NR) + a * NR, NR, c0 > 0);
                                 }
+                            }
                         }
                         for (int k = 0; k < wide; k++)
                             result(o, s, e, out, r0 * s.across + ta + k, p * NR, sums + k * NR, spread(wide * NR));
