@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from .build import Unavailable, cache_folder, cpu_flags, cpu_name, load, source_
 
 CONV, NORM, LAYER_NORM, ATTENTION, RESAMPLE, ADD = range(6)
 KINDS = ("conv", "norm", "layer_norm", "attention", "resample", "add")
+HUGE, MADV_HUGEPAGE = 2 << 20, 14  # bytes; of Linux
 SLOTS = ("src0", "src1", "weight", "bias", "stats", "row", "residual", "out")
 _INTS = (
     "kind algorithm packed B H W VIEW_H VIEW_W SH SW C0 C1 N ld0 ld1 ldo ldr kernel stride pad silu gated affine row_stride "
@@ -72,10 +74,22 @@ class Runtime:
 
 
 def aligned(floats: int) -> Tensor:
-    """``[floats]`` float32, uninitialised, at a multiple of 64 bytes."""
-    whole = torch.empty(floats + 16)
-    skip = (-whole.data_ptr() % 64) // 4
-    return whole[skip : skip + floats]
+    """``[floats]`` float32, uninitialised, at a multiple of 64 bytes; a large one on huge pages if the system has them.
+
+    A plan walks through many rows at once, and each walk through a table of small pages costs more than the row.
+    """
+    page = HUGE if 4 * floats >= HUGE else 64
+    whole = torch.empty(floats + page // 4)
+    skip = -whole.data_ptr() % page
+    tensor = whole[skip // 4 : skip // 4 + floats]
+    if page == HUGE:
+        _libc().madvise(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(4 * floats // HUGE * HUGE), MADV_HUGEPAGE)
+    return tensor
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 __all__ = [

@@ -161,14 +161,14 @@ struct Product {
             group = group < 1 ? 1 : group;
             for (int p = p0; p < p1; p += group) {
                 const int q = p + group < p1 ? p + group : p1;
-                block(r0, r1, p, q, pieces, lens, n, total, done, add, last, pack);
+                block(r0, r1, p, q, q + group < p1 ? q + group : p1, pieces, lens, n, total, done, add, last, pack);
             }
             done += total;
             add = true;
         }
     }
 
-    void block(int64_t r0, int64_t r1, int p0, int p1, const Piece* pieces, const int* lens, int n, int total,
+    void block(int64_t r0, int64_t r1, int p0, int p1, int next, const Piece* pieces, const int* lens, int n, int total,
                int64_t done, bool add, bool last, float* pack) const {
         if (!o.packed)
             for (int p = p0; p < p1; p++) {
@@ -198,6 +198,8 @@ struct Product {
                 const float* b = o.packed ? weight + ((int64_t)p * K + done) * NR
                                           : pack + (int64_t)(p - p0) * total * NR;
                 if (!o.gated) fetch(r, m, p);
+                if (!o.packed && next > p1)
+                    fetch_weights(p1, next, pieces, n, total, part * (p1 - p0) + p - p0, parts * (p1 - p0));
                 float t[MR * NR];
                 tiles.by_rows[m](a, lens, n, b, t, NR, false);
                 o.gated ? finish_gated(t, r, m, p) : finish(t, r, m, p, add, last);
@@ -205,11 +207,23 @@ struct Product {
         }
     }
 
+    // A share of the weights of the panels that are packed next
+    void fetch_weights(int p0, int p1, const Piece* pieces, int n, int total, int share, int shares) const {
+        const int rows = (p1 - p0) * NR, from = (int64_t)rows * share / shares, to = (int64_t)rows * (share + 1) / shares;
+        for (int i = from; i < to; i++) {
+            const int row = weight_row(p0 + i / NR, i % NR, o.N, o.gated);
+            if (row < 0 || row >= weight_rows(o.N, o.gated)) continue;
+            for (int j = 0; j < n; j++)
+                for (int k = 0; k < pieces[j].len; k += 16)
+                    fetch_far(weight + row * K + pieces[j].column + k);
+        }
+    }
+
     void fetch(int64_t r, int m, int p) const {  // what `finish` will write to
         for (int j = 0; j < m; j++)
             for (int v = 0; v < NR; v += 16) {
-                __builtin_prefetch(out + (r + j) * o.ldo + p * NR + v, 1);
-                if (e.residual) __builtin_prefetch(e.residual + (r + j) * e.ldr + p * NR + v);
+                fetch_to_write(out + (r + j) * o.ldo + p * NR + v);
+                if (e.residual) fetch_near(e.residual + (r + j) * e.ldr + p * NR + v);
             }
     }
 

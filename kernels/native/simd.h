@@ -23,6 +23,12 @@ static inline vf load(const float* p) { return *(const vfu*)p; }
 static inline void store(float* p, vf v) { *(vfu*)p = v; }
 static inline vf all(float x) { return x - vf{}; }  // x - 0 is x, and -0 stays -0
 
+// Ask for a cache line: close by, in the second cache, or to be written. Not the compiler's builtin: gcc takes a function
+// of nothing but those for one without effect, and drops the call.
+static inline void fetch_near(const float* p) { asm volatile("prefetcht0 %0" : : "m"(*p)); }
+static inline void fetch_far(const float* p) { asm volatile("prefetcht1 %0" : : "m"(*p)); }
+static inline void fetch_to_write(const float* p) { asm volatile("prefetchw %0" : : "m"(*p)); }
+
 static inline vf first(const float* p, int n) {  // n < VW floats, then zeros
     float t[VW] = {};
     memcpy(t, p, sizeof(float) * n);
