@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastdiff.pipeline import resolve
 from fastdiff.benchmarks.environment import environment, relative_error, write_json
 from fastdiff.benchmarks.layouts import DDPM_CIFAR, SD15
 from fastdiff.benchmarks.runtimes import RUNTIMES, Evaluate, Inputs, installed
+from fastdiff.pipeline import resolve
 
 PAUSE = 0.05  # seconds: thread pools spin for a while after their last work
 TOKENS = 77
@@ -99,7 +99,7 @@ def matrix_rate() -> float:
 
 
 def ddim(run: Evaluate, start: Tensor, layout: str) -> Tensor:
-    """Images of twenty steps of diffusers' scheduler: DDIM; for the bundled flow Euler's method, which is DDIM there."""
+    """Images of 20 steps of diffusers' scheduler: DDIM; for the bundled flow Euler's method, which is DDIM there."""
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
     flow = layout == "digits"
@@ -129,9 +129,9 @@ def our_ddim(network: nn.Module, inputs: Inputs, layout: str, folder: Path) -> A
         DDIMPipeline(network, DDIMScheduler(clip_sample=False)).save_pretrained(folder / "ddim")
         pipe, how = Pipeline.from_pretrained(folder / "ddim"), {"num_inference_steps": DDIM_STEPS}
     count = len(inputs["sample"]) if labels is None else 1
-    return lambda start: pipe(
-        labels, latents=start, guidance_scale=1.0, output_type="pt", num_images_per_prompt=count, **how
-    ).images
+    return lambda start: (
+        pipe(labels, latents=start, guidance_scale=1.0, output_type="pt", num_images_per_prompt=count, **how).images
+    )
 
 
 def measure(case: Case, runtimes: Sequence[str], rounds: int) -> dict[str, Any]:
@@ -206,7 +206,8 @@ def _row(name: str, spent: dict[str, list[float]], errors: dict[str, float]) -> 
     peers = [other for other in spent if other not in ("diffusers", "fastdiff")]
     best = min(peers, key=lambda other: statistics.median(spent[other]), default="diffusers")
     return {
-        "runtime": name, "ms": round(1e3 * statistics.median(spent[name]), 3), "ms_least": round(1e3 * min(spent[name]), 3),
+        "runtime": name, "ms": round(1e3 * statistics.median(spent[name]), 3),
+        "ms_least": round(1e3 * min(spent[name]), 3),
         "ratio": ratio(spent, name), "best_other": best, "ratio_to_best_other": ratio(spent, name, best),
         "error": errors[name],
     }  # fmt: skip

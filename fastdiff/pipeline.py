@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.backends import Spec, load_backend
-from fastdiff.errors import ArtifactError, BackendError, PlanError, ShapeError
+from fastdiff.errors import ArtifactError, PlanError, ShapeError
 from fastdiff.images import Output, to_images
 from fastdiff.integrations.schedulers import Sampler, from_diffusers_scheduler
 from fastdiff.models.files import inside, read_json

@@ -1,4 +1,4 @@
-"""The CPU runtime: a plan of fused channels-last ops, run by one call. The sources are the C++ files beside this one."""
+"""The CPU runtime: a plan of fused channels-last ops, run by one call. The sources are the C++ files beside it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ KINDS = ("conv", "norm", "layer_norm", "attention", "resample", "add")
 HUGE, MADV_HUGEPAGE = 2 << 20, 14  # bytes; of Linux
 SLOTS = ("src0", "src1", "weight", "bias", "stats", "row", "residual", "out")
 _INTS = (
-    "kind algorithm packed B H W VIEW_H VIEW_W SH SW C0 C1 N ld0 ld1 ldo ldr kernel stride pad silu gated affine row_stride "
-    "groups heads L M ldk head_k batch_k"
+    "kind algorithm packed B H W VIEW_H VIEW_W SH SW C0 C1 N ld0 ld1 ldo ldr kernel stride pad silu gated affine "
+    "row_stride groups heads L M ldk head_k batch_k"
 ).split()
 
 

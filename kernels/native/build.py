@@ -64,8 +64,6 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
 
 
-
-
 def source_hash() -> str:
     """A hash of the C++ sources and flags."""
     digest = hashlib.sha256(" ".join(FLAGS).encode())

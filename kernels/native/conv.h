@@ -8,7 +8,7 @@
 
 namespace fd {
 
-constexpr int KC = 1024;          // most of K in one block
+constexpr int KC = 1024, LEAST_KC = 768;  // bounds of a block of K
 constexpr int64_t L2 = 512 << 10;  // bytes of packed panels that stay close
 constexpr int FEW = 16;           // channels below which the pieces are gathered first
 constexpr int64_t COPIED = MR * (KC + 48 * PIECES);  // floats of rows that are copied
@@ -104,6 +104,13 @@ static inline vf finished(vf v, const Epilogue& e, int64_t image, int64_t pixel,
     return v;
 }
 
+// How much of K is taken at once: as much as lets half of all panels stay close, so that rows pass by few times. It sets
+// the order of summation, so it must not depend on the number of threads.
+static inline int block_of_k(const Op& o) {
+    const int64_t k = L2 / (panel_count(o.N, o.gated) * (int64_t)NR * sizeof(float) / 2 + 1) / 16 * 16;
+    return k < LEAST_KC ? LEAST_KC : k > KC ? KC : (int)k;
+}
+
 struct Product {
     const Op& o;
     Sources s;
@@ -136,7 +143,7 @@ struct Product {
 
     // Rows [r0, r1) of panels [p0, p1): K in blocks; the panels of a block are packed, then meet all rows.
     void run(int64_t r0, int64_t r1, int p0, int p1, bool whole, float* pack) const {
-        const int limit = whole ? 1 << 30 : KC;
+        const int limit = whole ? 1 << 30 : block_of_k(o);
         Piece pieces[PIECES];
         int lens[PIECES];
         int tap = 0, source = 0, channel = 0;

@@ -144,7 +144,7 @@ static void resample(const Op& o, void** slots, const Team& team) {
     for (int64_t r = begin; r < end; r++) {
         const int64_t image = r / ((int64_t)o.H * o.W), y = r / o.W % o.H, col = r % o.W;
         float* to = out + r * o.ldo;
-        if (o.SH < o.H) {
+        if (o.SH <= o.H) {
             memcpy(to, x + ((image * o.SH + nearest(y, o.SH, o.H)) * o.SW + nearest(col, o.SW, o.W)) * C,
                    C * sizeof(float));
             continue;

@@ -109,6 +109,16 @@ static void transform_weights(const float* w, int N, int C, int panel, int c0, i
         }
 }
 
+// A share of one panel's weights, channels [c0, c1), that are transformed next
+static inline void fetch_weights(const float* w, int N, int C, int panel, int c0, int c1, int share, int shares) {
+    const int from = 9 * NR * share / shares, to = 9 * NR * (share + 1) / shares;
+    for (int i = from; i < to; i++) {
+        const int n = panel * NR + i / 9;
+        if (n >= N) return;
+        for (int c = c0; c < c1; c += 16) fetch_far(w + ((int64_t)n * 9 + i % 9) * C + c);
+    }
+}
+
 template <int m> struct WinogradConv {
     static constexpr int T = Winograd<m>::T, F = T * T;
 
@@ -266,6 +276,11 @@ template <int m> struct WinogradConv {
                             const float* w = o.packed ? weight + ((int64_t)p * F * s.C + c0) * NR : fresh_weights;
                             const int len = c1 - c0;
                             for (int f = 0; f < F; f++) {
+                                if (!o.packed && at_once < s.C) {
+                                    const bool same = c1 < s.C;
+                                    const int next = same ? c1 : 0, end = next + at_once < s.C ? next + at_once : s.C;
+                                    fetch_weights(weight, o.N, s.C, same ? p : p + 1, next, end, f, F);
+                                }
                                 for (int part = 0; part < row_parts(wide); part++) {
                                     const int a = row_start(wide, part), b = row_start(wide, part + 1);
                                     const float* rows_of[MR];

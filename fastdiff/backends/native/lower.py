@@ -208,4 +208,3 @@ class _Lowering:
             inner = program.conv([normed(block.norm3)], [up.weight], [up.bias], gated=True)
             tokens = program.conv([inner], [down.weight], [down.bias], residual=tokens)
         return program.conv([tokens], [layer.proj_out.weight], [layer.proj_out.bias], residual=x)
-

@@ -80,5 +80,3 @@ def time_op(runtime: Runtime, op: Op, slots: ctypes.Array[ctypes.c_void_p], thre
         if times[-1] > patience or (len(times) > 2 and times[-1] > LONG):
             break
     return sorted(times[1:] or times)[len(times[1:] or times) // 2]
-
-

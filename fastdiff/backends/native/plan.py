@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from fastdiff.backends.native.program import Program
-from fastdiff.kernels.native import CONV, SLOTS, Op, Runtime, aligned
+from fastdiff.kernels.native import Op, Runtime, aligned
 
 
 class Plan:

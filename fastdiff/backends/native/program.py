@@ -90,7 +90,13 @@ class Program:
         }  # fmt: skip
 
     def norm(
-        self, sources: Sequence[Value], weight: Tensor, bias: Tensor, groups: int, eps: float, row: tuple[int, int] = (-1, 0)
+        self,
+        sources: Sequence[Value],
+        weight: Tensor,
+        bias: Tensor,
+        groups: int,
+        eps: float,
+        row: tuple[int, int] = (-1, 0),
     ) -> int:
         """The slot of a group norm's scales and shifts; ``row`` (slot, stride) modulates them."""
         out = self.slot()
@@ -153,7 +159,9 @@ class Program:
         )  # fmt: skip
         return out
 
-    def attention(self, q: Value, keys: int, values: int, count: int, heads: int, strides: tuple[int, int, int]) -> Value:
+    def attention(
+        self, q: Value, keys: int, values: int, count: int, heads: int, strides: tuple[int, int, int]
+    ) -> Value:
         """Attention of ``q``'s pixels to ``count`` keys; ``strides``: to the next image's, head's and key's."""
         out = self.value(q.height, q.width, q.channels)
         self.ops.append(
@@ -165,9 +173,7 @@ class Program:
         )  # fmt: skip
         return out
 
-    def resample(
-        self, sources: Sequence[Value], height: int, width: int, stats: int = -1, silu: bool = False
-    ) -> Value:
+    def resample(self, sources: Sequence[Value], height: int, width: int, stats: int = -1, silu: bool = False) -> Value:
         """Sources side by side, normalised and activated; halved, repeated or neither."""
         out = self.value(height, width, sum(s.channels for s in sources))
         self.ops.append(

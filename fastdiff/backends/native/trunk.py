@@ -125,11 +125,12 @@ class NativeTrunk:
         threads = torch.get_num_threads()
         key = shape, threads
         if key not in self._plans:
+            program = lower(self.unet, shape)  # first of all: it refuses what does not fit
             size = *shape.x[2:], threads
             if size not in self._choices:
                 self._choices[size] = self._choose(*given.first().laid_out())
             choices = self._choices[size]
-            self._plans[key] = None if choices is None else self._made(lower(self.unet, shape), choices)
+            self._plans[key] = None if choices is None else self._made(program, choices)
             while len(self._plans) > PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
