@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 DATA ?=
 OUT ?=
 
-.PHONY: demo test fast bench check-main check-samplers check-unets lint report clean
+.PHONY: demo test fast bench check-main check-samplers check-unets check-cpu lint report clean
 
 demo: $(STAMP)
 	$(BIN)/python -m fastdiff.benchmarks.demo
@@ -30,6 +30,10 @@ check-samplers: $(STAMP)
 check-unets: $(STAMP)
 	@$(BIN)/python -m fastdiff.benchmarks.check_unets $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT)) \
 		$(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(CIFAR),--cifar $(CIFAR))
+
+# QUICK=1: fewer rounds, no torch.compile. Needs 20 GB of memory: every runtime holds Stable Diffusion 1.5 at once.
+check-cpu: $(STAMP)
+	@$(BIN)/python -m fastdiff.benchmarks.check_cpu $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT))
 
 lint: $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy

@@ -64,8 +64,8 @@ def speed(quick: bool, details: list[dict[str, Any]]) -> Iterator[Bar]:
     for layout, batch, to_diffusers, to_best in SPEED:
         large = layout == "sd15"
         names = [name for name in RUNTIMES if name in QUICK or not (quick or large)]
-        rounds = (3 if quick else 7) if large else (7 if quick else 21)
-        result = measure(Case(layout, batch, ddim=not large and not quick), names, rounds)
+        rounds = (3 if quick else 7) if large or batch > 1 else (9 if quick else 21)
+        result = measure(Case(layout, batch, ddim=not large and batch == 1 and not quick), names, rounds)
         details.append(result)
         (row,) = (row for row in result["rows"] if row["runtime"] == "fastdiff")
         name = f"{layout} batch {batch}"

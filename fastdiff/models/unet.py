@@ -44,6 +44,12 @@ def sinusoid(values: Tensor, dim: int, *, flip: bool = True, shift: float = 0, m
     return F.pad(torch.cat(features, dim=1), (0, dim % 2))
 
 
+def embedding(count: int, width: int) -> nn.Embedding:
+    """``nn.Embedding``, but what has no memory yet is not initialised: torch would load its whole compiler for it."""
+    weight = torch.empty(count, width)
+    return nn.Embedding.from_pretrained(weight if weight.is_meta else nn.init.normal_(weight), freeze=False)
+
+
 class TimestepEmbedding(nn.Module):
     """Two linear layers with a SiLU between them: ``[B, in] -> [B, out]``; ``condition`` is added to the input."""
 
@@ -294,7 +300,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], wide, config.time_cond_proj_dim)
         labels, added = config.num_class_embeds, config.projection_class_embeddings_input_dim
-        self.class_embedding = nn.Embedding(labels, wide) if labels else None
+        self.class_embedding = embedding(labels, wide) if labels else None
         self.add_embedding = TimestepEmbedding(added, wide) if config.addition_embed_type and added else None
         self.target_embedding = TimestepEmbedding(target.channels, wide) if target else None
         self.down_blocks = nn.ModuleList()
