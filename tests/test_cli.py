@@ -218,6 +218,17 @@ def test_inspect(model, capsys):
 
 
 @pytest.mark.fast
+def test_inspect_shows_the_plan_and_the_cost_of_a_smaller_type(model, capsys):
+    assert run("inspect", model, "--json", "--dtype", "bfloat16") == 0
+    report = json.loads(capsys.readouterr().out)
+    (choices,) = report["cpu"].values()
+    assert choices
+    errors = report["bfloat16"]["relative_error"]
+    assert errors["float32"] < 1e-5 < errors["bfloat16"] < 0.1
+    assert run("inspect", model) == 0
+    assert "on this CPU" in capsys.readouterr().out
+
+
 def test_inspect_refuses_an_onnx_file_without_its_manifest(tmp_path, capsys):
     (tmp_path / "x.onnx").write_bytes(b"anything")
     refused(capsys, run("inspect", tmp_path / "x.onnx"), "x.onnx.json")

@@ -39,4 +39,23 @@ def network_of(unet: UNet, backend: str = "auto") -> UNetNetwork:
     return UNetNetwork(unet)
 
 
-__all__ = ["IN_TORCH", "NativeNetwork", "NativeTrunk", "network_of"]
+def explain(unet: UNet) -> dict[str, dict[str, str]]:
+    """What ``"auto"`` does with a UNet on this CPU at its own size: each kind of layer, and what it runs with.
+
+    Measures what has not been measured here yet.
+    """
+    try:
+        trunk = NativeTrunk(unet.to(memory_format=torch.channels_last), never_slower=True)
+    except Unavailable as why:
+        return {"plain torch": {"all": str(why)}}
+    config = unet.config
+    size = config.sample_size or 64
+    rows = sum(resnet.rows for block in unet.blocks() for resnet in block.all_resnets())
+    tokens = torch.zeros(1, 77, config.cross_attention_dim)
+    with torch.no_grad():
+        contexts = unet.contexts(tokens) if config.conditional else ()
+        trunk(torch.zeros(1, config.in_channels, size, size), torch.zeros(1, rows), contexts)
+    return trunk.chosen()
+
+
+__all__ = ["IN_TORCH", "NativeNetwork", "NativeTrunk", "explain", "network_of"]

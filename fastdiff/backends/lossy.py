@@ -1,0 +1,67 @@
+"""What a smaller type would cost and gain on this CPU: an accuracy report, before anyone switches it on."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastdiff.backends.native import network_of
+from fastdiff.kernels.native import cpu_flags
+from fastdiff.models.unet import UNet
+
+INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+ROUNDS = 5
+
+
+def lossy_report(unet: UNet, dtype: torch.dtype) -> dict[str, object]:
+    """Compare one evaluation in ``dtype`` with float32's, both against float64, on seeded noise at the UNet's own size.
+
+    Args:
+        unet: in float32, on the CPU.
+        dtype: ``torch.bfloat16`` or ``torch.float16``.
+
+    Returns:
+        Relative errors (root mean square), milliseconds (medians, taken in turns), and whether the processor multiplies
+        this type itself; where it does not, torch converts and the type gains nothing.
+    """
+    config, generator = unet.config, torch.Generator().manual_seed(0)
+    size = config.sample_size or 64
+    x = torch.randn(1, config.in_channels, size, size, generator=generator).to(memory_format=torch.channels_last)
+    rows = sum(resnet.rows for block in unet.blocks() for resnet in block.all_resnets())
+    row = torch.randn(1, rows, generator=generator)
+    tokens = torch.randn(1, 77, config.cross_attention_dim, generator=generator)
+
+    def evaluation(network: UNet, kind: torch.dtype, trunk: Callable[..., Tensor]) -> Callable[[], Tensor]:
+        contexts = network.contexts(tokens.to(kind)) if config.conditional else ()
+        return lambda: trunk(x.to(kind), row.to(kind), contexts)
+
+    def error(result: Tensor) -> float:
+        return float((result.double() - exact).norm() / exact.norm())
+
+    with torch.no_grad():
+        double = copy.deepcopy(unet).double()
+        exact = evaluation(double, torch.float64, double.trunk)()
+        plain = network_of(unet.to(memory_format=torch.channels_last))
+        smaller = copy.deepcopy(unet).to(dtype, memory_format=torch.channels_last)
+        runs = {
+            "float32": evaluation(unet, torch.float32, plain.trunk),
+            str(dtype).removeprefix("torch."): evaluation(smaller, dtype, smaller.trunk),
+        }
+        spent: dict[str, list[float]] = {name: [] for name in runs}
+        errors = {name: error(run()) for name, run in runs.items()}
+        for _ in range(ROUNDS):
+            for name, run in runs.items():
+                begin = time.perf_counter()
+                run()
+                spent[name].append(1e3 * (time.perf_counter() - begin))
+    native = sorted(set(INSTRUCTIONS.get(dtype, ())) & cpu_flags())
+    return {
+        "relative_error": errors,
+        "milliseconds": {name: round(statistics.median(times), 3) for name, times in spent.items()},
+        "instructions": native,
+    }
