@@ -36,14 +36,18 @@ print(json.dumps(time.perf_counter() - begin))
 PEAK = """
 import json, resource, sys
 import torch
-from fastdiff.benchmarks.peers import Case, inputs_of, network_of
-from fastdiff.benchmarks.runtimes import RUNTIMES
-case = Case("sd15", 1)
+from fastdiff.benchmarks.layouts import SD15
+from fastdiff.benchmarks.peers import network_of
+from fastdiff.benchmarks.runtimes import as_the_loop_calls, diffusers
+from fastdiff.models.config import UNetConfig
+from fastdiff.models.unet import UNet
+inputs = {"sample": torch.randn(1, 4, 64, 64), "timestep": torch.tensor(500.0),
+          "encoder_hidden_states": torch.randn(1, 77, 768)}
 with torch.no_grad():
-    network = network_of(case.layout)
-    inputs = inputs_of(network, case)
-    run = RUNTIMES[sys.argv[1]](network, inputs, None)
-    del network
+    if sys.argv[1] == "diffusers":
+        run = diffusers(network_of("sd15"), inputs, None)
+    else:
+        run = as_the_loop_calls(UNet(UNetConfig.from_dict(SD15)), inputs)
     for _ in range(2):
         run(inputs["sample"], inputs["timestep"])
 print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))

@@ -114,11 +114,15 @@ def openvino(network: nn.Module, inputs: Inputs, folder: Path) -> Evaluate:
 
 
 def ours(network: nn.Module, inputs: Inputs, folder: Path) -> Evaluate:
-    """The project's network as the loop calls it: text and times are prepared once for a run, not at every step."""
+    """The project's network with the weights of diffusers', shared where the layout allows."""
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_dict({"_class_name": type(network).__name__} | dict(network.config)))
-    # shared where the layout allows: the machine has to hold every runtime's weights at once
-    unet.load_state_dict(network.state_dict(), assign=True)
+    unet.load_state_dict(network.state_dict(), assign=True)  # the machine has to hold every runtime's at once
+    return as_the_loop_calls(unet, inputs)
+
+
+def as_the_loop_calls(unet: UNet, inputs: Inputs) -> Evaluate:
+    """The project's network: text and times are prepared once for a run, not at every step."""
     run = network_of(unet.to(memory_format=torch.channels_last).eval().requires_grad_(False))
     batch, rest = len(inputs["sample"]), others(inputs)
     cond = Cond(rest.pop("class_labels", None), rest or None)

@@ -14,10 +14,10 @@ namespace fd {
 // Bytes of transformed image at once. Every round reads (or makes) all transformed weights again: where these are few,
 // rounds are short, and what a round makes stays in the cache until it is read.
 constexpr int64_t LONG_ROUND = 12 << 20, SHORT_ROUND = 4 << 20, FEW_WEIGHTS = 16 << 20;
-constexpr int SPAN = 112;                  // channels of weights that are read at once
+constexpr int SPAN = 128;                  // channels of weights that are read at once
 constexpr int TILES = 42;                  // tiles at once, between product and back-transform
 constexpr int STRIP = 64;                  // channels of a strip of image that is normalised and transformed
-constexpr int64_t FRESH = 512 << 10;       // bytes of weights transformed on the way that stay close
+constexpr int64_t FRESH = 600 << 10;       // bytes of weights transformed on the way that stay close
 
 template <int m> struct Winograd;
 
@@ -143,8 +143,8 @@ template <int m> struct WinogradConv {
     }
     static int fresh(const Shape& s) {  // channels of weights that are transformed at once on the way
         if (s.most > TILES) return s.C;
-        const int c = FRESH / (F * NR * (int)sizeof(float)) / VW * VW;
-        return c < s.C ? c : s.C;
+        const int most = FRESH / (F * NR * (int)sizeof(float)), parts = (s.C + most - 1) / most;
+        return (int)round_up((s.C + parts - 1) / parts, VW);
     }
     static int64_t strip_bytes(const Shape& s) {
         return round_up((int64_t)T * (s.across * m + 2) * STRIP * sizeof(float), 64);

@@ -19,7 +19,7 @@ from fastdiff.kernels.native import Op, Runtime, cache_folder, cpu_name, source_
 
 Times = dict[str, dict[str, float]]  # signature -> name of the choice -> seconds
 FLUSHED = 16 << 20  # floats: what the caches hold is gone after writing so many
-ROUNDS, LONG = 5, 0.02  # a run that takes longer than this is timed only twice
+ROUNDS, LONG = 7, 0.02  # a run that takes longer than this is timed only twice
 
 
 def table_file(threads: int) -> Path:
@@ -68,7 +68,7 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def time_op(runtime: Runtime, op: Op, slots: ctypes.Array[ctypes.c_void_p], threads: int, patience: float) -> float:
-    """The median seconds of one op over a few runs, each with cold caches; stops early past ``patience`` seconds."""
+    """The least seconds of one op over a few runs, each with cold caches; stops early past ``patience`` seconds."""
     scratch = runtime.scratch([op], threads)
     flush = torch.empty(FLUSHED)
     times: list[float] = []
@@ -79,4 +79,4 @@ def time_op(runtime: Runtime, op: Op, slots: ctypes.Array[ctypes.c_void_p], thre
         times.append(time.perf_counter() - begin)
         if times[-1] > patience or (len(times) > 2 and times[-1] > LONG):
             break
-    return sorted(times[1:] or times)[len(times[1:] or times) // 2]
+    return min(times[1:] or times)
