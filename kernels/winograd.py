@@ -4,7 +4,7 @@
 ``Y = A^T [(G g G^T) * (B^T d B)] A``. Source: Winograd 1980; Lavin and Gray 2015, arXiv:1509.09308, eq. 8 and 11.
 
 The matrices come from interpolation at 0, 1, -1 (and 2, -2 for ``m = 4``) and infinity. Larger tiles take points
-further out and lose accuracy: in float32 the relative error is about 1e-7 for ``m = 2`` and 4e-7 for ``m = 4``.
+further out and lose accuracy.
 """
 
 from __future__ import annotations
