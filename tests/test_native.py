@@ -171,6 +171,14 @@ def test_pipelines_take_it_by_default_and_agree_with_plain_torch():
     assert (images["native"] - images["eager"]).abs().max() < 1e-4
 
 
+def test_a_profile_has_a_time_for_every_op():
+    unet = network("DDPM CIFAR-10", 16)
+    trunk, given = NativeTrunk(unet), inputs(unet, 1, 8, 8)
+    ops, seconds = trunk.profile(*given, rounds=2)
+    assert len(ops) == len(seconds) > 100
+    assert all(len(times) == 2 and min(times) >= 0 for times in seconds)
+
+
 def test_threads_may_share_one():
     from concurrent.futures import ThreadPoolExecutor
 

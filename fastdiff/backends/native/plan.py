@@ -49,11 +49,6 @@ class Plan:
         self.kept.append(tensor)
         self.slots[slot] = tensor.data_ptr()
 
-    @property
-    def bytes(self) -> int:
-        """Memory beyond the parameters themselves."""
-        return 4 * (self.arena.numel() + self.scratch.numel())
-
     def bind(self, tensors: Mapping[str, Tensor]) -> None:
         """Point the externals at this call's tensors, which must live until ``run`` returns."""
         for name, tensor in tensors.items():

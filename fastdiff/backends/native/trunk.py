@@ -18,6 +18,7 @@ from fastdiff.backends.native.lower import Shape, keys_of, lower
 from fastdiff.backends.native.measured import Times, add_times, read_times, table_file, time_op
 from fastdiff.backends.native.plan import Plan
 from fastdiff.backends.native.program import Program, Weight
+from fastdiff.errors import PlanError
 from fastdiff.kernels.native import CONV, Op, Runtime
 from fastdiff.models.unet import TokenPair, UNet
 from fastdiff.sampling.denoiser import Cond
@@ -101,6 +102,24 @@ class NativeTrunk:
         plan.bind(given.named() | {"out": out})
         plan.run()
         return out
+
+    def profile(
+        self, x: Tensor, time_rows: Tensor, contexts: Sequence[TokenPair] = (), *, rounds: int = 7
+    ) -> tuple[list[Op], list[list[float]]]:
+        """The ops of a call, and the seconds that each took in each of ``rounds`` runs.
+
+        Raises:
+            PlanError: if plain torch runs this shape.
+        """
+        given, shape = Given(x, time_rows, contexts).laid_out()
+        with self._lock:
+            plan = self._plan(given, shape)
+            if plan is None:
+                raise PlanError("plain torch is faster for this shape, so there is no plan to profile")
+            out = self._run(plan, given)  # what the ops write to: it has to outlive them
+            runs = [plan.profile() for _ in range(rounds)]
+            del out
+            return list(plan.ops), [list(times) for times in zip(*runs, strict=True)]
 
     def refresh(self, always: bool = False) -> None:
         """Follow parameters that were changed in place or replaced. Call it before a run, not at every step.
