@@ -87,12 +87,11 @@ SHAPES = [(1, 8, 8, 32, 32), (2, 7, 9, 48, 40), (1, 16, 16, 64, 4), (1, 13, 4, 1
           (1, 1, 1, 16, 16), (2, 3, 40, 32, 70), (5, 4, 4, 512, 16)]  # fmt: skip
 
 
-@pytest.mark.parametrize("algorithm", [0, 2, 4])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "algorithm"), [(shape, a) for shape in SHAPES for a in (0, 2, 4) if not a or shape[3] % 16 == 0], ids=str
+)
 def test_a_convolution_with_everything_around_it(runtime, shape, algorithm):
     batch, h, w, c, n = shape
-    if algorithm and c % runtime.width:
-        pytest.skip("Winograd needs whole registers of channels")
     x, weight, bias = torch.randn(batch, c, h, w), torch.randn(n, c, 3, 3) / c, torch.randn(n)
     stats, row, residual = torch.randn(batch, 2, c), torch.randn(batch, n + 3), torch.randn(batch, n, h, w)
 
