@@ -71,7 +71,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path | str:
 
 @pytest.mark.benchmark(group="one network call")
 @pytest.mark.parametrize("batch", [1, 16])
-@pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("backend", ["eager", "native", "onnxruntime"])
 def test_one_call(
     benchmark: BenchmarkFixture, request: pytest.FixtureRequest, device: torch.device, backend: str, batch: int
 ) -> None:

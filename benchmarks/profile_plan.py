@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     unet = UNet(UNetConfig.from_dict(LAYOUTS[options.layout])).eval().to(memory_format=torch.channels_last)
     size, config = unet.config.sample_size or 64, unet.config
-    rows = sum(resnet.rows for block in unet.blocks() for resnet in block.all_resnets())
+    rows = unet.row_width()
     contexts = ()
     if config.conditional:
         contexts = unet.contexts(torch.randn(options.batch, 77, config.cross_attention_dim))

@@ -55,7 +55,8 @@ def summary(results: dict[str, Any]) -> str:
             f"| {LAYOUTS[case['layout']]}, {case['size']}x{case['size']} | {case['batch']} | {row['ms']:.1f} "
             f"| {row['ratio']:.2f} | {row['ratio_to_best_other']:.2f} ({row['best_other']}) | {row['error']:.0e} |"
         )
-    return "\n".join([*lines, "", machine(results)])
+    peers = list(dict.fromkeys(row["runtime"] for case in results["cases"] for row in case["rows"]))
+    return "\n".join([*lines, "", f"Measured together: {', '.join(peers)}. {machine(results)}"])
 
 
 def bars(results: dict[str, Any]) -> str:

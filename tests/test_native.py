@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from native_runtime import runtime_or_skip
 from torch import Tensor
 
 import fastdiff
@@ -28,10 +29,7 @@ from fastdiff.models.unet import UNet
 
 @pytest.fixture(autouse=True)
 def _runtime() -> None:
-    try:
-        Runtime()
-    except Unavailable as why:
-        pytest.skip(str(why))
+    runtime_or_skip()
 
 
 def network(layout: str = "SD 1.5", divisor: int = 8) -> UNet:
@@ -44,7 +42,7 @@ def network(layout: str = "SD 1.5", divisor: int = 8) -> UNet:
 
 
 def inputs(unet: UNet, batch: int, height: int, width: int, tokens: int = 7) -> tuple[Tensor, Tensor, list]:
-    rows = sum(resnet.rows for block in unet.blocks() for resnet in block.all_resnets())
+    rows = unet.row_width()
     contexts = []
     if unet.config.conditional:
         contexts = unet.contexts(torch.randn(batch, tokens, unet.config.cross_attention_dim))

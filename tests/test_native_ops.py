@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from native_runtime import runtime_or_skip
 from torch import Tensor
 
 from fastdiff.kernels import reference, winograd
-from fastdiff.kernels.native import ADD, ATTENTION, CONV, LAYER_NORM, NORM, RESAMPLE, Op, Runtime, Unavailable
+from fastdiff.kernels.native import ADD, ATTENTION, CONV, LAYER_NORM, NORM, RESAMPLE, Op, Runtime
 
 pytestmark = pytest.mark.fast
 FLOOR = 2e-7  # of a relative error: two roundings; below it there is nothing to compare
@@ -20,10 +21,7 @@ WINOGRAD = {2: 1e-6, 4: 1e-5}
 
 @pytest.fixture(scope="module")
 def runtime() -> Runtime:
-    try:
-        return Runtime()
-    except Unavailable as why:
-        pytest.skip(str(why))
+    return runtime_or_skip()
 
 
 def run(runtime: Runtime, kind: int, tensors: dict[str, Tensor], threads: int = 2, **fields: Any) -> Tensor:

@@ -32,7 +32,7 @@ def lossy_report(unet: UNet, dtype: torch.dtype) -> dict[str, object]:
     config, generator = unet.config, torch.Generator().manual_seed(0)
     size = config.sample_size or 64
     x = torch.randn(1, config.in_channels, size, size, generator=generator).to(memory_format=torch.channels_last)
-    rows = sum(resnet.rows for block in unet.blocks() for resnet in block.all_resnets())
+    rows = unet.row_width()
     row = torch.randn(1, rows, generator=generator)
     tokens = torch.randn(1, 77, config.cross_attention_dim, generator=generator)
 

@@ -411,6 +411,10 @@ class Encoder(nn.Module):
             x = middle.attentions[0](x, context, self.ops)
         return middle.resnets[1](x, next(rows), self.ops), skips
 
+    def row_width(self) -> int:
+        """``P``, the width of ``time_rows``."""
+        return sum(resnet.rows for block in self.blocks() for resnet in block.all_resnets())
+
     def split_rows(self, time_rows: Tensor) -> Iterator[Tensor]:
         """Each ResNet block's part of ``time_rows [B, P]``, in order."""
         resnets = [resnet for block in self.blocks() for resnet in block.all_resnets()]

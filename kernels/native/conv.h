@@ -9,6 +9,7 @@
 namespace fd {
 
 constexpr int KC = 1024, LEAST_KC = 768;  // bounds of a block of K
+constexpr int SUM = 512;  // most terms of one running sum: a sum of such sums rounds less than one long one
 constexpr int64_t L2 = 512 << 10;  // bytes of packed panels that stay close
 constexpr int FEW = 16;           // channels below which the pieces are gathered first
 constexpr int64_t COPIED = MR * (KC + 48 * PIECES);  // floats of rows that are copied
@@ -144,6 +145,7 @@ struct Product {
     // Rows [r0, r1) of panels [p0, p1): K in blocks; the panels of a block are packed, then meet all rows.
     void run(int64_t r0, int64_t r1, int p0, int p1, bool whole, float* pack) const {
         const int limit = whole ? 1 << 30 : block_of_k(o);
+        const int cut = whole && K > 16 * SUM ? (int)(K / 16 + 1) : SUM;  // all of K has to fit into PIECES
         Piece pieces[PIECES];
         int lens[PIECES];
         int tap = 0, source = 0, channel = 0;
@@ -153,7 +155,7 @@ struct Product {
             int n = 0, total = 0;
             while (tap < taps && n < PIECES && total < limit) {
                 const int rest = s.channels[source] - channel;
-                const int len = rest < limit - total ? rest : limit - total;
+                const int left = limit - total < cut ? limit - total : cut, len = rest < left ? rest : left;
                 pieces[n] = Piece{tap, source, channel, len, (int64_t)tap * C + (source ? s.channels[0] : 0) + channel};
                 lens[n++] = len;
                 total += len;
@@ -208,9 +210,22 @@ struct Product {
                 if (!o.packed && next > p1)
                     fetch_weights(p1, next, pieces, n, total, part * (p1 - p0) + p - p0, parts * (p1 - p0));
                 float t[MR * NR];
-                tiles.by_rows[m](a, lens, n, b, t, NR, false);
+                sum(a, lens, n, m, b, t);
                 o.gated ? finish_gated(t, r, m, p) : finish(t, r, m, p, add, last);
             }
+        }
+    }
+
+    // t[m][NR] = all pieces' products, in running sums of at most SUM terms (or one piece)
+    static void sum(const float* const* a, const int* lens, int n, int m, const float* b, float* t) {
+        float more[MR * NR];
+        for (int i = 0, j; i < n; i = j) {
+            int terms = lens[i];
+            for (j = i + 1; j < n && terms + lens[j] <= SUM; j++) terms += lens[j];
+            tiles.by_rows[m](a + i * m, lens + i, j - i, b, i ? more : t, NR, false);
+            if (i)
+                for (int k = 0; k < m * NR; k += VW) store(t + k, load(t + k) + load(more + k));
+            b += (int64_t)terms * NR;
         }
     }
 

@@ -136,8 +136,7 @@ static void resample(const Op& o, void** slots, const Team& team) {
     const Sources s = sources_of(o, slots);
     const float* stats = o.affine ? (const float*)slots[o.stats] : nullptr;
     float *out = (float*)slots[o.out], *x = (float*)team.scratch;
-    Op stored = o;
-    apply_affine(stored, s, stats, x, team);
+    apply_affine(o, s, stats, x, team);
     const int C = s.all();
     int64_t begin, end;
     team.share((int64_t)o.B * o.H * o.W, begin, end);

@@ -1,6 +1,4 @@
 // Runs a plan: a list of ops over a table of addresses, by one team of threads, in one call.
-#include <new>
-
 #include "attention.h"
 #include "conv.h"
 #include "norm.h"
@@ -43,7 +41,6 @@ extern "C" {
 
 int fastdiff_op_bytes() { return sizeof(Op); }
 int fastdiff_width() { return VW; }
-int fastdiff_panel() { return NR; }
 
 // Bytes of scratch that a plan needs with so many threads
 int64_t fastdiff_scratch(const Op* ops, int count, int threads) {

@@ -50,7 +50,7 @@ def explain(unet: UNet) -> dict[str, dict[str, str]]:
         return {"plain torch": {"all": str(why)}}
     config = unet.config
     size = config.sample_size or 64
-    rows = sum(resnet.rows for block in unet.blocks() for resnet in block.all_resnets())
+    rows = unet.row_width()
     tokens = torch.zeros(1, 77, config.cross_attention_dim)
     with torch.no_grad():
         contexts = unet.contexts(tokens) if config.conditional else ()

@@ -70,7 +70,7 @@ def _need(name: str, given: object, needed: object) -> None:
 class _Lowering:
     def __init__(self, unet: UNet, program: Program, shape: Shape):
         self.unet, self.program, self.shape, self.crossed = unet, program, shape, 0
-        self.stride = sum(resnet.rows for block in unet.blocks() for resnet in block.all_resnets())
+        self.stride = unet.row_width()
         self.done = 0  # time rows given out so far
 
     def run(self, height: int, width: int) -> Program:

@@ -45,7 +45,10 @@ def read_times(file: Path) -> Times:
 
 
 def add_times(file: Path, new: Mapping[str, Mapping[str, float]]) -> None:
-    """Add times to a file. Others may write at the same time, or be killed: the file is always whole."""
+    """Add times to a file. Others may write at the same time, or be killed: the file is always whole.
+
+    Where nothing can be written (a full or read-only disk) nothing is kept, and the next process measures again.
+    """
     with contextlib.suppress(OSError), _locked(file):
         merged = read_times(file)
         for name, each in new.items():
