@@ -21,7 +21,7 @@ def main() -> None:
     folder = resolve("digits")
     print(f"Bundled digits model on {torch.get_num_threads()} threads: timing and judging every sampler...", flush=True)
     # torch.compile takes minutes for its first images; `fastdiff bench` measures it too
-    results = run_table(folder, samples=100, rounds=3, backends=["eager", "onnxruntime"])
+    results = run_table(folder, samples=100, rounds=3, backends=["eager", "native", "onnxruntime"])
     results["missing"]["compile"] = "left out of the demo, since it compiles for minutes: run `fastdiff bench`"
     table = write_report(results, options.out, folder)
     print(table)
