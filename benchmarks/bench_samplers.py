@@ -6,78 +6,26 @@ Run ``make bench``, or this file alone:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import Tensor
 
+from fastdiff.benchmarks.calls import MODEL, make_loop
 from fastdiff.benchmarks.environment import environment, median, relative_error, rms_error, synchronize, timed_ms
 from fastdiff.benchmarks.host_cost import Identity, bare
 from fastdiff.kernels import REFERENCE, Ops, triton_ops
 from fastdiff.pipeline import Pipeline
-from fastdiff.sampling.denoiser import Cond, Denoiser, Network, Prepared
-from fastdiff.sampling.grid import explicit
-from fastdiff.sampling.loop import sample
-from fastdiff.sampling.noise import Noise
-from fastdiff.sampling.parts import make_noise, make_times, plan, start
-from fastdiff.sampling.solvers import SOLVERS
-from fastdiff.sampling.table import StepTable, build
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-MODEL = "digits"
 LOOPS = [("ddim", 50), ("ddim", 20), ("dpmpp_2m", 20), ("dpmpp_2m", 10), ("unipc", 10), ("heun", 10), ("ddpm", 50)]
 LOOPS += [("flow_map", 4), ("flow_map", 2), ("flow_map", 1)]
 STOCHASTIC = ("ddpm", "dpmpp_sde")  # more steps draw more noise: from one seed they converge to nothing
 CONVERGED = ("heun", 192)
 JUDGED = 4  # images whose error is measured; image i has seed i in any batch
-
-
-class Loop(NamedTuple):
-    """Everything one run of the loop takes, made beforehand: calling it is the loop and nothing else."""
-
-    denoiser: Denoiser
-    x: Tensor  # [B, C, H, W]
-    table: StepTable
-    noise: Noise
-    prepared: Prepared
-    ops: Ops
-
-    def __call__(self) -> Tensor:
-        """Run the loop: ``[B, C, H, W]``."""
-        return sample(*self)
-
-
-def make_loop(
-    pipe: Pipeline,
-    solver: str,
-    steps: int | Sequence[float],
-    batch: int,
-    ops: Ops = REFERENCE,
-    network: Network | None = None,
-) -> Loop:
-    """Plan a loop over a loaded model, without guidance; image ``i`` is of class ``i % 10`` and has seed ``i``.
-
-    Args:
-        pipe: gives path, prediction, sizes and device.
-        solver: a name of ``SOLVERS``.
-        steps: of the usual grid; or the times themselves.
-        batch: images.
-        ops: kernels of the loop; those of the network are the network's.
-        network: another one than that of ``pipe``.
-    """
-    config, device = pipe.model.network.config, pipe.device
-    shape = (batch, config.in_channels, config.sample_size, config.sample_size)
-    times = make_times(pipe.path, steps) if isinstance(steps, int) else explicit(pipe.path, steps)
-    table = build(pipe.path, pipe.prediction, SOLVERS[solver](), times, device=device)
-    label = torch.arange(batch, device=device) % len(pipe.model.info.classes)
-    with torch.no_grad():
-        denoiser, prepared = plan(network or pipe.network, Cond(label), None, table)
-    noise = make_noise(shape, table.structure.draws, 0, None, device, initial=True)
-    return Loop(denoiser, start(pipe.path, times, shape, None, None, noise, device), table, noise, prepared, ops)
 
 
 @pytest.fixture(scope="module")

@@ -6,48 +6,20 @@ Run ``make bench``, or this file alone:
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from torch import Tensor
 
-from fastdiff.benchmarks.bench_samplers import MODEL, Loop, make_loop
+from fastdiff.benchmarks.calls import MODEL, exact_call, exact_unet, make_loop, one_call
 from fastdiff.benchmarks.environment import environment, relative_error, timed_ms
 from fastdiff.errors import BackendError
-from fastdiff.kernels import REFERENCE
-from fastdiff.models.unet import UNet
 from fastdiff.models.weights import load_model
 from fastdiff.pipeline import Pipeline, resolve
-from fastdiff.sampling.denoiser import Network
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
-
-ROW = 1  # of a flow map's table of four rows: neither pure noise nor nearly clean
-
-
-def one_call(network: Network, loop: Loop, batch: int) -> Callable[[], Tensor]:
-    """Return one evaluation of a network as the loop makes it; times and labels were prepared beforehand."""
-    row_index = loop.table.index[ROW].expand(batch)
-    return lambda: network(loop.x, row_index, loop.prepared)
-
-
-def exact_unet(unet: UNet) -> UNet:
-    """A float64 copy in plain torch, the truth that errors are measured from."""
-    exact = copy.deepcopy(unet).double()
-    exact.ops = REFERENCE
-    return exact
-
-
-@torch.no_grad()
-def exact_call(exact: UNet, loop: Loop, labels: Tensor) -> Tensor:
-    """The same evaluation in float64: ``[B, C, H, W]``."""
-    told = loop.table.times[ROW].double().expand(len(labels), 2)
-    return exact(loop.x.double(), told[:, 0], labels, told[:, 1])
 
 
 @pytest.fixture(scope="module")

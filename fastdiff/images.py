@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fastdiff.errors import ShapeError
 
-Picture = Image.Image | np.ndarray | Tensor
+if TYPE_CHECKING:  # loaded where a picture is made or read: tensors in and out work without it
+    from PIL import Image
+
+Picture: TypeAlias = "Image.Image | np.ndarray | Tensor"
 OUTPUTS = ("pil", "pt", "np", "latent")
 
 
@@ -32,6 +34,8 @@ def to_images(x: Tensor, crop: int, output_type: str) -> Any:
     array = x.permute(0, 2, 3, 1).cpu().numpy()
     if output_type == "np":
         return array
+    from PIL import Image
+
     pixels = (array * 255).round().astype(np.uint8)
     return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
 
@@ -64,13 +68,6 @@ def to_tensor(
 
 
 def _one(name: str, part: Any, size: tuple[int, int] | None, multiple: int, mode: str) -> Tensor:
-    if isinstance(part, Image.Image):
-        height, width = size or tuple(side - side % multiple for side in (part.height, part.width))
-        if part.size != (width, height):
-            part = part.resize((width, height), resample=Image.Resampling.LANCZOS)
-        array = np.asarray(part.convert(mode), dtype=np.float32) / 255
-        x = torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)[None]
-        return x.contiguous()
     if isinstance(part, np.ndarray):
         x = torch.from_numpy(np.atleast_3d(part).astype(np.float32))
         x = (x[None] if x.dim() == 3 else x).permute(0, 3, 1, 2)
@@ -78,11 +75,24 @@ def _one(name: str, part: Any, size: tuple[int, int] | None, multiple: int, mode
         x = part.float()
         x = x[None] if x.dim() == 3 else x[None, None] if x.dim() == 2 else x
     else:
-        raise ShapeError(f"{name} is a {type(part).__name__}; allowed: PIL images, arrays, tensors, or a list of them")
+        return _read(name, part, size, multiple, mode)
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         raise ShapeError(f"{name} is {tuple(part.shape)}; allowed: 1 or 3 channels, [C, H, W] or [H, W, C] for arrays")
     wanted = size or tuple(int(side) - int(side) % multiple for side in x.shape[2:])
     return x if tuple(x.shape[2:]) == wanted else torch.nn.functional.interpolate(x, size=wanted)
+
+
+def _read(name: str, part: Any, size: tuple[int, int] | None, multiple: int, mode: str) -> Tensor:
+    """A PIL image as ``[1, C, H, W]``."""
+    from PIL import Image
+
+    if not isinstance(part, Image.Image):
+        raise ShapeError(f"{name} is a {type(part).__name__}; allowed: PIL images, arrays, tensors, or a list of them")
+    height, width = size or tuple(side - side % multiple for side in (part.height, part.width))
+    if part.size != (width, height):
+        part = part.resize((width, height), resample=Image.Resampling.LANCZOS)
+    array = np.asarray(part.convert(mode), dtype=np.float32) / 255
+    return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)[None].contiguous()
 
 
 def grown(x: Tensor, batch: int, name: str) -> Tensor:
