@@ -22,6 +22,9 @@ class Ops(NamedTuple):
     combine: Callable[..., tuple[Tensor, ...]]
     linear: Callable[..., Tensor] = reference.linear
     upsample_conv: Callable[..., Tensor] = reference.upsample_conv
+    layer_norm: Callable[..., Tensor] = reference.layer_norm
+    geglu: Callable[..., Tensor] = reference.geglu
+    add: Callable[..., Tensor] = reference.add
 
 
 REFERENCE = Ops(reference.group_norm_silu, reference.attention, reference.combine)

@@ -68,6 +68,40 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Normalisation over the last axis: ``x [..., C]``, ``weight [C]``, ``bias [C]`` -> ``[..., C]``."""
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def geglu(x: Tensor) -> Tensor:
+    """``[..., 2 C]`` -> ``[..., C]``: the first half, gated by GELU of the second.
+
+    Source: Shazeer 2020, arXiv:2002.05202, eq. 6.
+    """
+    value, gate = x.chunk(2, dim=-1)
+    return F.gelu(gate) * value
+
+
+def add(
+    x: Tensor, bias: Tensor | None, row: Tensor | None, residual: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """What follows a layer, in one pass.
+
+    Args:
+        x: ``[B, H, W, C]``.
+        bias: ``[C]``, added to every pixel, or None.
+        row: ``[B, C]``, added to every pixel of an image, or None.
+        residual: ``[B, H, W, C]``, any strides, or None.
+        out: where to write, ``[B, H, W, C]`` with dense channels, or None.
+
+    Returns:
+        ``out``, or a new tensor.
+    """
+    for more in (bias, None if row is None else row[:, None, None, :], residual):
+        x = x if more is None else x + more
+    return x if out is None else out.copy_(x)
+
+
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int]) -> Tensor:
     """Nearest-neighbour enlargement, then a 3x3 convolution of padding 1.
 

@@ -23,7 +23,8 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": {"errors", "kernels"},
     "models": {"errors", "kernels"},
     "artifact": {"errors", "models"},  # of models only the file helpers, see below
-    "backends": {"errors", "kernels", "sampling", "models", "artifact"},
+    "graph": set(),
+    "backends": {"errors", "kernels", "sampling", "models", "artifact", "graph"},
     "export": {"errors", "kernels", "sampling", "models", "artifact", "backends"},
     "training": {"errors", "kernels", "sampling", "models"},
     "integrations": {"errors", "kernels", "sampling", "models", "backends"},

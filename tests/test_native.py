@@ -12,50 +12,22 @@ import time
 
 import pytest
 import torch
+from narrow_unets import error, first, inputs, network
 from native_runtime import runtime_or_skip
-from torch import Tensor
 
 import fastdiff
+from fastdiff.backends.lower import Shape, lower
 from fastdiff.backends.native import NativeNetwork, NativeTrunk, network_of
 from fastdiff.backends.native.choose import Choice, Layer, by_rule, choose
-from fastdiff.backends.native.lower import Shape, lower
 from fastdiff.backends.native.measured import add_times, read_times
-from fastdiff.benchmarks.layouts import LAYOUTS, scaled
+from fastdiff.benchmarks.layouts import LAYOUTS
 from fastdiff.errors import BackendError, ShapeError
 from fastdiff.kernels.native import Runtime, Unavailable, build
-from fastdiff.models.config import UNetConfig
-from fastdiff.models.unet import UNet
 
 
 @pytest.fixture(autouse=True)
 def _runtime() -> None:
     runtime_or_skip()
-
-
-def network(layout: str = "SD 1.5", divisor: int = 8) -> UNet:
-    """A published layout with narrow blocks and random weights, norms and biases included."""
-    unet = UNet(UNetConfig.from_dict(scaled(LAYOUTS[layout], divisor))).eval().requires_grad_(False)
-    for parameter in unet.parameters():
-        if parameter.dim() == 1:
-            parameter.normal_(1.0, 0.1)
-    return unet.to(memory_format=torch.channels_last)
-
-
-def inputs(unet: UNet, batch: int, height: int, width: int, tokens: int = 7) -> tuple[Tensor, Tensor, list]:
-    rows = unet.row_width()
-    contexts = []
-    if unet.config.conditional:
-        contexts = unet.contexts(torch.randn(batch, tokens, unet.config.cross_attention_dim))
-    return torch.randn(batch, unet.config.in_channels, height, width), torch.randn(batch, rows), contexts
-
-
-def first(given: tuple[Tensor, Tensor, list], count: int = 1) -> tuple[Tensor, Tensor, list]:
-    x, rows, contexts = given
-    return x[:count], rows[:count], [(k[:count], v[:count]) for k, v in contexts]
-
-
-def error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact.double()).norm() / exact.double().norm())
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))

@@ -149,7 +149,7 @@ class TokenAttention(nn.Module):
         """``[B, L, C] -> [B, L, C]``; takes its pair from ``context`` if it crosses."""
         q = heads_of(applied(self.to_q, x, ops), self.heads)
         k, v = next(context) if self.crosses else self.keys_values(x, ops)
-        if self.upcast and q.dtype != torch.float32:  # logits of these networks overflow float16
+        if self.upcast and torch.finfo(q.dtype).bits < 32:  # logits of these networks overflow float16
             mixed = ops.attention(q.float(), k.float(), v.float()).to(q.dtype)
         else:
             mixed = ops.attention(q, k, v)
@@ -164,8 +164,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(channels, 2 * inner)
 
     def forward(self, x: Tensor, ops: Ops) -> Tensor:
-        value, gate = applied(self.proj, x, ops).chunk(2, dim=-1)
-        return F.gelu(gate) * value
+        return ops.geglu(applied(self.proj, x, ops))
 
 
 class FeedForward(nn.Module):
@@ -191,9 +190,9 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x: Tensor, context: Iterator[TokenPair], ops: Ops) -> Tensor:
         """``[B, L, C] -> [B, L, C]``."""
-        x = x + self.attn1(self.norm1(x), context, ops)
-        x = x + self.attn2(self.norm2(x), context, ops)
-        return x + self.ff(self.norm3(x), ops)
+        x = x + self.attn1(normed(self.norm1, x, ops), context, ops)
+        x = x + self.attn2(normed(self.norm2, x, ops), context, ops)
+        return x + self.ff(normed(self.norm3, x, ops), ops)
 
 
 class SpatialTransformer(nn.Module):
@@ -220,6 +219,11 @@ class SpatialTransformer(nn.Module):
         for layer in self.transformer_blocks:
             tokens = layer(tokens, context, ops)
         return x + applied(self.proj_out, tokens, ops).view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def normed(norm: nn.LayerNorm, tokens: Tensor, ops: Ops) -> Tensor:
+    """Normalise ``[B, L, C]``."""
+    return ops.layer_norm(tokens, norm.weight, norm.bias, norm.eps)
 
 
 def applied(layer: nn.Module, tokens: Tensor, ops: Ops) -> Tensor:

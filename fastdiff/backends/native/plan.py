@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastdiff.backends.native.program import Program
+from fastdiff.backends.program import Program
 from fastdiff.kernels.native import Op, Runtime, aligned
 
 

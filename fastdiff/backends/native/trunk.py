@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from fastdiff.backends.eager import Prepared, UNetNetwork
+from fastdiff.backends.lower import Shape, keys_of, lower
 from fastdiff.backends.native.choose import Choice, Layer, by_rule, candidates, choose, signature
-from fastdiff.backends.native.lower import Shape, keys_of, lower
 from fastdiff.backends.native.measured import Times, add_times, read_times, table_file, time_op
 from fastdiff.backends.native.plan import Plan
-from fastdiff.backends.native.program import Program, Weight
+from fastdiff.backends.program import Program, Weight
 from fastdiff.errors import PlanError
 from fastdiff.kernels.native import CONV, Op, Runtime
 from fastdiff.models.unet import TokenPair, UNet

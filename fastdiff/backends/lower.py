@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastdiff.backends.native.program import Program, Value
+from fastdiff.backends.program import Program, Value
 from fastdiff.errors import ShapeError
 from fastdiff.models.unet import (
     Block,

@@ -32,6 +32,14 @@ class Weight(NamedTuple):
         rows = [(p.permute(0, 2, 3, 1) if p.dim() == 4 else p).flatten(1) for p in self.parts]
         return (rows[0] if len(rows) == 1 else torch.cat(rows)).detach().contiguous()
 
+    def tensor(self) -> Tensor:
+        """As torch's own calls take it: a kernel ``[N, C, 3, 3]`` as it is, products joined to ``[N, C]``."""
+        first = self.parts[0]
+        if first.dim() == 4 and first.shape[2] > 1:
+            return first.detach()
+        rows = [p.flatten(1) for p in self.parts]
+        return (rows[0] if len(rows) == 1 else torch.cat(rows)).detach()
+
 
 @dataclass
 class Program:
