@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.backends.native import network_of
+from fastdiff.backends.in_memory import network_of
 from fastdiff.models.config import UNetConfig
 from fastdiff.models.unet import UNet
 from fastdiff.sampling.denoiser import Cond

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.backends.native import network_of
+from fastdiff.backends.in_memory import network_of
 from fastdiff.models.weights import load_model
 from fastdiff.pipeline import resolve
 from fastdiff.sampling.denoiser import Cond

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.backends import Spec, load_backend
+from fastdiff.backends.eager import ops_for
+from fastdiff.backends.in_memory import walk_of
 from fastdiff.errors import ArtifactError, PlanError, ShapeError
 from fastdiff.images import Output, to_images
 from fastdiff.integrations.schedulers import Sampler, from_diffusers_scheduler
@@ -236,6 +238,8 @@ class Pipeline:
             latents=latents,
             device=self.device,
             callback=None if callback_on_step_end is None else report,
+            ops=ops_for(self.device),
+            walk=walk_of(self.network),
         )
         return Output(to_images(x, info.crop, output_type))
 

@@ -37,11 +37,12 @@ def triton_ops() -> Ops:
     Raises:
         ImportError: if triton is not installed (``pip install 'fastdiff[gpu]'``).
     """
+    from .add import add
     from .attention import attention
     from .combine import combine
     from .group_norm_silu import group_norm_silu
 
-    return Ops(group_norm_silu, attention, combine)
+    return Ops(group_norm_silu, attention, combine, add=add)
 
 
 __all__ = ["CPU", "REFERENCE", "Ops", "Sums", "triton_ops"]

@@ -109,6 +109,8 @@ TILES: dict[tuple[str, str, str], tuple[tuple[int, Tile], ...]] = {
     ("attention", "cross_128", "float"): ((80, AttentionTile(32, 32, 4, 2)),),
     ("attention", "cross_256", "float"): ((80, AttentionTile(32, 16, 8, 2)),),
     ("combine", "any", "float"): ((80, CombineTile(1024, 4)),),
+    ("add", "any", "half"): ((80, CombineTile(4096, 4)),),
+    ("add", "any", "float"): ((80, CombineTile(2048, 4)),),
 }
 
 

@@ -12,7 +12,6 @@ from fastdiff.backends.flat.join import join
 from fastdiff.backends.lower import Shape, lower
 from fastdiff.benchmarks.layouts import LAYOUTS
 from fastdiff.errors import ShapeError
-from fastdiff.graph import Captured
 from fastdiff.kernels import REFERENCE
 from fastdiff.sampling.denoiser import Cond
 
@@ -150,11 +149,3 @@ def test_gradients_go_the_plain_way():
     x.requires_grad_()
     FlatTrunk(unet)(x, rows).sum().backward()
     assert x.grad is not None and x.grad.isfinite().all()
-
-
-def test_a_captured_function_on_a_cpu_is_the_function():
-    def fn(pair, scale):
-        return {"sum": (pair[0] + pair[1]) * scale}
-
-    a = torch.arange(3.0)
-    assert torch.equal(Captured(fn)((a, a), 2.0)["sum"], 4 * a)

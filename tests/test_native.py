@@ -16,10 +16,11 @@ from narrow_unets import error, first, inputs, network
 from native_runtime import runtime_or_skip
 
 import fastdiff
+from fastdiff.backends.in_memory import network_of
 from fastdiff.backends.lower import Shape, lower
-from fastdiff.backends.native import NativeNetwork, NativeTrunk, network_of
+from fastdiff.backends.native import NativeNetwork, NativeTrunk
 from fastdiff.backends.native.choose import Choice, Layer, by_rule, choose
-from fastdiff.backends.native.measured import add_times, read_times
+from fastdiff.backends.times import add_times, read_times
 from fastdiff.benchmarks.layouts import LAYOUTS
 from fastdiff.errors import BackendError, ShapeError
 from fastdiff.kernels.native import Runtime, Unavailable, build
@@ -261,7 +262,7 @@ def test_the_arena_is_shared_by_what_is_not_alive_at_once():
 
 def test_writers_of_the_table_lose_nothing(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from fastdiff.backends.native.measured import add_times\n"
+        "import sys; from pathlib import Path; from fastdiff.backends.times import add_times\n"
         "for i in range(20): add_times(Path(sys.argv[1]), {f'{sys.argv[2]}-{i}': {'direct': 1.0 + i}})"
     )
     file = tmp_path / "times.json"
@@ -275,7 +276,7 @@ def test_a_killed_writer_leaves_the_table_whole(tmp_path):
     file = tmp_path / "times.json"
     add_times(file, {"old": {"direct": 1.0}})
     code = (
-        "import sys; from pathlib import Path; from fastdiff.backends.native.measured import add_times\n"
+        "import sys; from pathlib import Path; from fastdiff.backends.times import add_times\n"
         "print('go', flush=True)\n"
         "while True: add_times(Path(sys.argv[1]), {'new' + str(i): {'direct': 2.0} for i in range(2000)})"
     )

@@ -8,12 +8,6 @@ from fastdiff.models.weights import Model
 from fastdiff.sampling.denoiser import Network
 
 
-def _eager(model: Model, spec: Spec) -> Network:
-    from fastdiff.backends.eager import load
-
-    return load(model, spec)
-
-
 def _compiled(model: Model, spec: Spec) -> Network:
     from fastdiff.backends.eager import load_compiled
 
@@ -26,24 +20,22 @@ def _onnxruntime(model: Model, spec: Spec) -> Network:
     return load(model, spec)
 
 
-def _native(model: Model, spec: Spec) -> Network:
-    from fastdiff.backends.eager import place
-    from fastdiff.backends.native import network_of
+def _in_memory(name: str) -> Backend:
+    def load(model: Model, spec: Spec) -> Network:
+        from fastdiff.backends.eager import place
+        from fastdiff.backends.in_memory import network_of
 
-    return network_of(place(model, spec), "native")
+        return network_of(place(model, spec), name)
 
-
-def _auto(model: Model, spec: Spec) -> Network:
-    from fastdiff.backends.eager import place
-    from fastdiff.backends.native import network_of
-
-    return network_of(place(model, spec), "auto")
+    return load
 
 
 BACKENDS: dict[str, Backend] = {
-    "auto": _auto,
-    "eager": _eager,
-    "native": _native,
+    "auto": _in_memory("auto"),
+    "eager": _in_memory("eager"),
+    "native": _in_memory("native"),
+    "captured": _in_memory("captured"),
+    "captured_loop": _in_memory("captured_loop"),
     "compile": _compiled,
     "onnxruntime": _onnxruntime,
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff.backends.base import Spec
 from fastdiff.errors import ArtifactError, BackendError, PlanError
-from fastdiff.kernels import CPU, REFERENCE, triton_ops
+from fastdiff.kernels import CPU, REFERENCE, Ops, triton_ops
 from fastdiff.models.unet import Encoder, TokenPair, UNet
 from fastdiff.models.weights import Model
 from fastdiff.sampling.denoiser import Cond
@@ -125,13 +125,13 @@ def place(model: Model, spec: Spec) -> UNet:
     if spec.artifact is not None:
         raise ArtifactError(f"an exported file ({spec.artifact}) belongs to backend 'onnxruntime', not to torch")
     unet = model.network.to(spec.device, spec.dtype, memory_format=torch.channels_last)
-    unet.ops = triton_ops() if spec.device.type == "cuda" else CPU
+    unet.ops = ops_for(spec.device)
     return unet
 
 
-def load(model: Model, spec: Spec) -> UNetNetwork:
-    """Load into plain torch; on a GPU with the fused Triton kernels."""
-    return UNetNetwork(place(model, spec))
+def ops_for(device: torch.device) -> Ops:
+    """The kernels of a device."""
+    return triton_ops() if device.type == "cuda" else CPU
 
 
 def load_compiled(model: Model, spec: Spec) -> UNetNetwork:

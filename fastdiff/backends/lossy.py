@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastdiff.backends.native import network_of
+from fastdiff.backends.in_memory import network_of
 from fastdiff.kernels.native import cpu_flags
 from fastdiff.models.unet import UNet
 

@@ -217,7 +217,7 @@ def inspect(options: argparse.Namespace) -> int:
 
         report, plan = asdict(load_manifest(Path(options.target))), {}
     else:
-        from fastdiff.backends.native import explain
+        from fastdiff.backends.in_memory import explain
 
         folder = resolve(options.target)
         loaded = load_model(folder)

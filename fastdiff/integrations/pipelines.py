@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastdiff.backends.flat import FlatTrunk
 from fastdiff.backends.native import NativeTrunk
 from fastdiff.errors import PlanError
 from fastdiff.integrations.binding import Binding, LeftAlone, build, is_unet, stamp
@@ -203,7 +204,7 @@ class Faster:
         self._runs: list[_Run] = []
         self._fed: Any = None
         self._ops: dict[str, Ops] = {"cpu": CPU}
-        self._native: Callable[..., Tensor] | None = None
+        self._planned: dict[str, Callable[..., Tensor]] = {}  # by kind of device
         self._last = float("inf")  # the time of the last call
         self.enabled = True
         self.calls, self.fallbacks = 0, Counter[str]()
@@ -353,17 +354,20 @@ class Faster:
         return self._ops[device]
 
     def _trunk(self, network: UNet, sample: Tensor, again: bool) -> Callable[..., Tensor]:
-        """What runs at every step: on a CPU a plan of fused ops, where it can be had; ``again``: a run begins."""
-        if sample.device.type != "cpu" or sample.dtype != torch.float32:
+        """What runs at every step: a plan of fused ops, where it can be had; ``again``: a run begins."""
+        device = sample.device.type
+        if device not in ("cpu", "cuda") or (device == "cpu" and sample.dtype != torch.float32):
             return network.trunk
-        if self._native is None:
+        if device not in self._planned:
             try:
-                self._native = NativeTrunk(network, never_slower=True)
+                kind = NativeTrunk if device == "cpu" else FlatTrunk
+                self._planned[device] = kind(network, never_slower=True)
             except Unavailable:
-                self._native = network.trunk
-        if isinstance(self._native, NativeTrunk):
-            self._native.refresh(again)
-        return self._native
+                self._planned[device] = network.trunk
+        trunk = self._planned[device]
+        if isinstance(trunk, NativeTrunk | FlatTrunk):
+            trunk.refresh(again)
+        return trunk
 
     def _times(self, timestep: Any, sample: Tensor) -> tuple[float | None, Tensor]:
         """The time as a number, where the device need not be asked and all images share it, and ``[1 or B]``."""

@@ -38,6 +38,8 @@ from fastdiff.sampling.solvers import Solver
 from fastdiff.sampling.steering import Interval, Strength
 from fastdiff.sampling.table import StepTable, build
 
+Walk = Callable[[Denoiser, Tensor, StepTable, Noise, Prepared, Ops], Tensor]  # ``loop.sample``, or in its place
+
 
 class Step(NamedTuple):
     """One network evaluation of a run."""
@@ -94,6 +96,7 @@ def sample(
     device: torch.device | str = "cpu",
     callback: Callable[[int, float, State], None] | None = None,
     ops: Ops = REFERENCE,
+    walk: Walk = loop.sample,
 ) -> Tensor:
     """Sample from any network.
 
@@ -136,6 +139,7 @@ def sample(
         device: where to run.
         callback: gets the row's number, the time the network was told at it, and the state after it.
         ops: kernels.
+        walk: what runs the loop where nobody wants to see its steps, such as a captured one.
 
     Returns:
         ``[B, C, H, W]`` float32.
@@ -144,9 +148,12 @@ def sample(
         PlanError: if the parts do not fit one another.
         ShapeError: if images, latents, seeds, conditioning or strengths do not fit the batch.
     """
-    given = {name: value for name, value in locals().items() if name not in ("callback", "ops")}
+    given = {name: value for name, value in locals().items() if name not in ("callback", "ops", "walk")}
     ready = _ready(**given)
     x = ready.state.x
+    if callback is None and resume is None and ready.kept is None:
+        with torch.no_grad():
+            return walk(ready.denoiser, x, ready.table, ready.noise, ready.prepared, ops)
     for step in _walk(ready, ops):
         x = step.state.x
         if callback is not None:
@@ -160,7 +167,7 @@ def iterate(network: Network | Callable[..., Tensor], shape: Sequence[int], **op
     Args:
         network: as of ``sample``.
         shape: ``(B, C, H, W)``.
-        options: all that ``sample`` takes, but for ``callback``.
+        options: all that ``sample`` takes, but for ``callback`` and ``walk``.
 
     Returns:
         The row's number, the time the network was told at it, and the state after it, which ``resume`` goes on from.
@@ -172,6 +179,7 @@ def iterate(network: Network | Callable[..., Tensor], shape: Sequence[int], **op
     bound = inspect.signature(sample).bind(network, shape, **options)
     bound.apply_defaults()
     given, ops = bound.arguments, bound.arguments.pop("ops")
+    del given["walk"]
     if given.pop("callback") is not None:
         raise PlanError("iterate takes no callback: its caller gets every state")
     return _walk(_ready(**given), ops)

@@ -53,7 +53,7 @@ def load_folder(
         controlnet: folders of ControlNets to load beside it.
         device: where to run.
         dtype: of the networks; the loop is float32, and so is an autoencoder that overflows in float16.
-        backend: of the UNet, see ``fastdiff.backends.native.network_of``.
+        backend: of the UNet, see ``fastdiff.backends.in_memory.network_of``.
         variant: which of several weights, such as ``"fp16"``.
         allow_pickle: read pickled UNet and autoencoder weights where there are no safetensors.
 
@@ -111,7 +111,7 @@ def load_single_file(
         controlnet: folders of ControlNets to load beside it.
         device: where to run.
         dtype: of the networks.
-        backend: of the UNet, see ``fastdiff.backends.native.network_of``.
+        backend: of the UNet, see ``fastdiff.backends.in_memory.network_of``.
         allow_pickle: read a ``.ckpt`` with torch's weights-only reader.
 
     Raises:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.backends.control import Control, ControlledNetwork
-from fastdiff.backends.native import network_of
+from fastdiff.backends.eager import ops_for
+from fastdiff.backends.in_memory import network_of, walk_of
 from fastdiff.errors import PlanError, ShapeError
 from fastdiff.images import OUTPUTS, Output, Picture, grown, to_images, to_tensor
 from fastdiff.integrations.schedulers import Sampler
@@ -62,7 +63,7 @@ class TextToImage:
     Args:
         parts: the networks.
         device: where they are.
-        backend: of ``fastdiff.backends.native.network_of``.
+        backend: of ``fastdiff.backends.in_memory.network_of``.
     """
 
     def __init__(self, parts: Parts, device: torch.device, backend: str = "auto"):
@@ -318,6 +319,8 @@ class TextToImage:
             strength=given.strength,
             device=self.device,
             callback=None if callback_on_step_end is None else report,
+            ops=ops_for(self.device),
+            walk=walk_of(network),
         )
         return Output(x if output_type == "latent" else to_images(self.decode(x), 0, output_type))
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from fastdiff.backends.eager import Prepared, UNetNetwork
 from fastdiff.backends.lower import Shape, keys_of, lower
 from fastdiff.backends.native.choose import Choice, Layer, by_rule, candidates, choose, signature
-from fastdiff.backends.native.measured import Times, add_times, read_times, table_file, time_op
+from fastdiff.backends.native.measured import time_op
 from fastdiff.backends.native.plan import Plan
 from fastdiff.backends.program import Program, Weight
+from fastdiff.backends.times import Times, add_times, read_times, table_file
 from fastdiff.errors import PlanError
-from fastdiff.kernels.native import CONV, Op, Runtime
+from fastdiff.kernels.native import CONV, Op, Runtime, cpu_name, source_hash
 from fastdiff.models.unet import TokenPair, UNet
 from fastdiff.sampling.denoiser import Cond
 
@@ -179,7 +180,7 @@ class NativeTrunk:
         layers = [self._layer(op) for op in products(program)]
         if os.environ.get(MEASURE) == "0":
             return [by_rule(layer, op.H, op.W) for layer, op in zip(layers, products(program), strict=True)]
-        file = table_file(torch.get_num_threads())
+        file = table_file(cpu_name(), source_hash(), torch.__version__, torch.get_num_threads())
         times = read_times(file)
         new = self._measured(program, layers, times, given)
         times |= new
