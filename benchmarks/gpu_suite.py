@@ -44,9 +44,10 @@ class Part(NamedTuple):
 PARTS: dict[str, Part] = {
     "kernels_check": Part("kernels_check", "part", 480.0, "every kernel against its twin in float64", True),
     "kernels_speed": Part("kernels_speed", "part", 480.0, "time of every kernel, beside PyTorch's"),
-    "unets": Part("unets", "part", 240.0, "one call of the bundled network"),
-    "loops": Part("loops", "part", 240.0, "whole loops: no host reads, captured equal to uncaptured"),
-    "compile": Part("unets", "compile_part", 240.0, "the bundled network by torch.compile"),
+    "proofs": Part("proofs", "part", 300.0, "captured loops: no host reads, equal bits, swaps, threads, memory"),
+    "unets": Part("unets", "part", 300.0, "one evaluation of every layout"),
+    "loops": Part("loops", "part", 240.0, "whole loops of the bundled model"),
+    "compile": Part("unets", "compile_part", 520.0, "one evaluation of every layout by torch.compile"),
 }
 
 

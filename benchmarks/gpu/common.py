@@ -11,11 +11,14 @@ from typing import Any
 import torch
 
 from fastdiff.benchmarks.environment import environment, write_json
+from fastdiff.graph import CUDA
+from fastdiff.kernels import REFERENCE, Ops, triton_ops
 from fastdiff.models.files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = "python -m fastdiff.benchmarks.gpu_suite --out DIR"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+OPS: dict[str, Callable[[], Ops]] = {"reference": lambda: REFERENCE, "triton": triton_ops}
 INTERPRETER = "interpreter"
 DONE = "done"
 OUTCOMES = ("ok", "equal", "equal_after_swap", "raised")  # an entry in which one of these is false is wrong
@@ -93,15 +96,8 @@ def capture(fn: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """
     if device.type != "cuda":
         return fn
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(3):  # compiles, plans and allocates: none of these may happen while capturing
-            fn()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = fn()
+    with CUDA.on(device):
+        graph, result = CUDA.record(fn, None)
 
     def replay() -> Any:
         graph.replay()

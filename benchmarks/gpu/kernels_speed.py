@@ -13,8 +13,7 @@ import torch
 
 from fastdiff.benchmarks.environment import copy_rate, l2_bytes, median, repeated_ms, summary
 from fastdiff.benchmarks.gpu.cases import Case, call, cases, error, truth
-from fastdiff.benchmarks.gpu.common import DTYPES, Report, capture
-from fastdiff.benchmarks.gpu.unets import OPS
+from fastdiff.benchmarks.gpu.common import DTYPES, OPS, Report, capture
 from fastdiff.kernels import REFERENCE, Ops
 
 MOST_CALLS = 64  # in one graph
