@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 DATA ?=
 OUT ?=
 
-.PHONY: demo test fast bench check-main check-samplers check-unets check-cpu lint report clean
+.PHONY: demo test fast bench check-main check-samplers check-unets check-cpu check-gpu lint report clean
 
 demo: $(STAMP)
 	$(BIN)/python -m fastdiff.benchmarks.demo
@@ -34,6 +34,10 @@ check-unets: $(STAMP)
 # QUICK=1: fewer rounds, no torch.compile. Needs 20 GB of memory: every runtime holds Stable Diffusion 1.5 at once.
 check-cpu: $(STAMP)
 	@$(BIN)/python -m fastdiff.benchmarks.check_cpu $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT))
+
+# QUICK=1: only what is quick. SUITE=folder: keep the suite's files there, and go on with an interrupted run.
+check-gpu: $(STAMP)
+	@$(BIN)/python -m fastdiff.benchmarks.check_gpu $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT)) $(if $(SUITE),--suite $(SUITE))
 
 lint: $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy
