@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from importlib import metadata
 
-from fastdiff.errors import ArtifactError, BackendError, FastdiffError, PlanError, ShapeError
+from fastdiff.engine import AsyncEngine, Engine
+from fastdiff.errors import ArtifactError, BackendError, EngineError, FastdiffError, PlanError, ShapeError
 from fastdiff.integrations.pipelines import optimize, restore, summary
 from fastdiff.integrations.schedulers import from_diffusers_scheduler
 from fastdiff.pipeline import Output, Pipeline
@@ -13,8 +14,11 @@ from fastdiff.sampling import Cond, iterate, sample
 __version__ = metadata.version("fastdiff")
 __all__ = [
     "ArtifactError",
+    "AsyncEngine",
     "BackendError",
     "Cond",
+    "Engine",
+    "EngineError",
     "FastdiffError",
     "Output",
     "Pipeline",

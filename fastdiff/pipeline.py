@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from fastdiff.sampling.parts import Generators
 from fastdiff.sampling.path import PATHS
 from fastdiff.sampling.path import Path as NoisePath
 from fastdiff.sampling.prediction import PREDICTIONS, Prediction
-from fastdiff.sampling.run import sample
+from fastdiff.sampling.run import Ready, ready, sample
 from fastdiff.sampling.solvers import Solver
 from fastdiff.sampling.steering import Interval, Strength
 from fastdiff.text_to_image import TextToImage, load_folder, load_single_file
@@ -199,49 +200,80 @@ class Pipeline:
             PlanError: on options that do not fit one another.
             ShapeError: on labels, seeds or latents that do not fit the model.
         """
+        given = {name: value for name, value in locals().items() if name not in ("self", "output_type")}
+        callback = given.pop("callback_on_step_end")
         if output_type not in OUTPUTS:
             raise PlanError(f"output_type is {output_type!r}; allowed: {', '.join(OUTPUTS)}")
+
+        def report(i: int, timestep: float, state: State) -> None:
+            callback(self, i, timestep, {"latents": state.x})
+
+        x = sample(
+            **self._options(**given),
+            callback=None if callback is None else report,
+            ops=ops_for(self.device),
+            walk=walk_of(self.network),
+        )
+        return Output(self.finish(x, output_type))
+
+    def ready(
+        self, class_labels: int | Sequence[int] | None = None, *, history: int | None = None, **options: Any
+    ) -> Ready:
+        """All parts of a call before its first network evaluation, for those who walk by themselves.
+
+        Args:
+            class_labels: as of a call.
+            history: of ``fastdiff.sampling.run.ready``.
+            options: all that a call takes, but for ``output_type`` and ``callback_on_step_end``.
+
+        Raises:
+            PlanError: on options that do not fit one another.
+            ShapeError: on labels, seeds or latents that do not fit the model.
+        """
+        bound = inspect.signature(self.__call__).bind(class_labels, **options)
+        bound.apply_defaults()
+        given = bound.arguments
+        if given.pop("callback_on_step_end") is not None or given.pop("output_type") != "pil":
+            raise PlanError("output_type and callback_on_step_end belong to a call, not to a run walked by its caller")
+        return ready(**self._options(**given), history=history)
+
+    def finish(self, x: Tensor, output_type: str = "pil") -> Any:
+        """What the loop ends with, ``[B, C, H, W]``, as images."""
+        return to_images(x, self.model.info.crop, output_type)
+
+    def _options(
+        self,
+        *,
+        class_labels: int | Sequence[int] | None,
+        num_images_per_prompt: int,
+        num_inference_steps: int | None,
+        sampler: str | Solver | Sampler | None,
+        guidance_scale: Strength | Sequence[Strength] | None,
+        guide: Pipeline | None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The arguments of ``fastdiff.sample`` for those of a call."""
         labels = self.labels(class_labels, num_images_per_prompt)
         config, info = self.model.network.config, self.model.info
         if config.sample_size is None:
             raise PlanError("config.json of this model has no sample_size, so it says not how large its images are")
-        batch = len(labels)
         chosen, steps = self.choose(sampler, num_inference_steps)
-
-        def report(i: int, timestep: float, state: State) -> None:
-            if callback_on_step_end is not None:
-                callback_on_step_end(self, i, timestep, {"latents": state.x})
-
         own = isinstance(chosen, Sampler)  # brings path, prediction and times
-        x = sample(
-            self.network,
-            (batch, config.in_channels, config.sample_size, config.sample_size),
-            num_inference_steps=steps,
-            sampler=chosen,
-            path="straight" if own else self.path,
-            prediction="velocity" if own else self.prediction,
-            cond=self._cond(labels),
-            uncond=self._cond([info.null_label] * batch) if info.null_label is not None and guide is None else None,
-            guidance_scale=info.guidance_scale if guidance_scale is None else guidance_scale,
-            guidance=guidance,
-            guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval,
-            guide=None if guide is None else self._like(guide),
-            grid=grid,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            eta=eta,
-            gamma=gamma,
-            clip=clip,
-            seed=seed,
-            generator=generator,
-            latents=latents,
-            device=self.device,
-            callback=None if callback_on_step_end is None else report,
-            ops=ops_for(self.device),
-            walk=walk_of(self.network),
-        )
-        return Output(to_images(x, info.crop, output_type))
+        weak = None if info.null_label is None or guide is not None else self._cond([info.null_label] * len(labels))
+        return {
+            "network": self.network,
+            "shape": (len(labels), config.in_channels, config.sample_size, config.sample_size),
+            "num_inference_steps": steps,
+            "sampler": chosen,
+            "path": "straight" if own else self.path,
+            "prediction": "velocity" if own else self.prediction,
+            "cond": self._cond(labels),
+            "uncond": weak,
+            "guidance_scale": info.guidance_scale if guidance_scale is None else guidance_scale,
+            "guide": None if guide is None else self._like(guide),
+            "device": self.device,
+            **others,
+        }
 
     def choose(
         self, sampler: str | Solver | Sampler | None, num_inference_steps: int | None

@@ -31,7 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "images": {"errors"},
     "text_to_image": {"errors", "kernels", "sampling", "models", "backends", "integrations", "images"},
     "pipeline": {"errors", "kernels", "sampling", "models", "backends", "integrations", "images", "text_to_image"},
-    "": {"errors", "sampling", "pipeline", "training", "integrations"},  # the package's own public names
+    "engine": {"errors", "kernels", "sampling", "backends", "pipeline"},
+    "": {"errors", "engine", "sampling", "pipeline", "training", "integrations"},  # the package's own public names
 }
 ALLOWED["benchmarks"] = set(ALLOWED) | {"cli"}
 ALLOWED["cli"] = set(ALLOWED)

@@ -14,7 +14,7 @@ from fastdiff.errors import ArtifactError, BackendError, PlanError
 from fastdiff.kernels import CPU, REFERENCE, Ops, triton_ops
 from fastdiff.models.unet import Encoder, TokenPair, UNet
 from fastdiff.models.weights import Model
-from fastdiff.sampling.denoiser import Cond
+from fastdiff.sampling.denoiser import Cond, Place
 
 EMBEDDED = ("text_embeds", "time_ids", "timestep_cond")  # conditioning that becomes part of the time embedding
 TOKENS, CONCAT = "encoder_hidden_states", "concat"
@@ -111,11 +111,27 @@ class UNetNetwork:
         x = self.joined(x, prepared)
         return self.trunk(x, *prepared.at(row_index), control).float()
 
+    def gather(self, places: Sequence[Place]) -> Prepared:
+        """See ``Gathering.gather``."""
+        rows = [p.prepared.rows[p.prepared.place[p.place : p.place + 1], p.row] for p in places]
+        pairs = zip(*(p.prepared.contexts for p in places), strict=True)
+        contexts = tuple(
+            (_side_by_side(places, [k for k, _ in pair]), _side_by_side(places, [v for _, v in pair])) for pair in pairs
+        )
+        extra = [p.prepared.concat for p in places]
+        concat = None if extra[0] is None else _side_by_side(places, extra)
+        index = torch.arange(len(places), device=rows[0].device)
+        return Prepared(torch.cat(rows)[:, None], index, contexts, concat)
+
     def joined(self, x: Tensor, prepared: Prepared) -> Tensor:
         """What the first convolution reads: the scaled state and, behind it, channels that no path scales."""
         if prepared.concat is not None:
             x = torch.cat([x, prepared.concat[: x.shape[0]].to(x.dtype)], dim=1)
         return x.to(self.dtype, memory_format=torch.channels_last)
+
+
+def _side_by_side(places: Sequence[Place], parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part[p.place : p.place + 1] for p, part in zip(places, parts, strict=True)])
 
 
 def place(model: Model, spec: Spec) -> UNet:

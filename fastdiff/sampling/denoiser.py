@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,6 +28,14 @@ from fastdiff.sampling.table import (
 )
 
 Prepared = Any  # made by a network's prepare(), read only by that network
+
+
+class Place(NamedTuple):
+    """One place of what a network prepared, at one row."""
+
+    prepared: Prepared
+    place: int
+    row: int
 
 
 class Cond(NamedTuple):
@@ -74,6 +82,20 @@ class Network(Protocol):
         """``x [B, C, H, W]``, ``row_index [B]`` int64 -> raw output ``[B, C, H, W]`` (float32)."""
 
 
+@runtime_checkable
+class Gathering(Protocol):
+    """A network whose batches may be put together from several runs: what an engine needs."""
+
+    def prepare(self, cond: Cond, times: Tensor) -> Prepared:
+        """See ``Network.prepare``."""
+
+    def gather(self, places: Sequence[Place]) -> Prepared:
+        """What was prepared for places of different runs, as one batch of one row: every image stands at row 0."""
+
+    def __call__(self, x: Tensor, row_index: Tensor, prepared: Prepared) -> Tensor:
+        """See ``Network.__call__``."""
+
+
 class Estimates(NamedTuple):
     """What one evaluation gives each image, ``[B, C, H, W]`` float32 each."""
 
@@ -115,6 +137,16 @@ class CallableNetwork:
         """See ``Network.prepare``."""
         keywords = dict(cond.extra or {}) | ({} if cond.label is None else {self.label_name: cond.label})
         return self.Times(times, torch.arange(times.shape[0], device=times.device), keywords)
+
+    def gather(self, places: Sequence[Place]) -> CallableNetwork.Times:
+        """See ``Gathering.gather``."""
+        told, keywords = [], {name: [] for name in places[0].prepared.keywords}
+        for prepared, place, row in places:
+            told.append(prepared.times[place if prepared.times.shape[0] > 1 else 0, row : row + 1])
+            for name, value in prepared.keywords.items():
+                keywords[name].append(value[place : place + 1])
+        index = torch.arange(len(places), device=told[0].device)
+        return self.Times(torch.stack(told), index, {name: torch.cat(values) for name, values in keywords.items()})
 
     def __call__(self, x: Tensor, row_index: Tensor, prepared: CallableNetwork.Times) -> Tensor:
         """See ``Network.__call__``."""

@@ -176,16 +176,35 @@ def iterate(network: Network | Callable[..., Tensor], shape: Sequence[int], **op
         PlanError: if the parts do not fit one another; at once, not at the first step.
         ShapeError: if images, latents, seeds, conditioning or strengths do not fit the batch.
     """
+    ops = options.pop("ops", REFERENCE)
+    return _walk(ready(network, shape, **options), ops)
+
+
+def ready(
+    network: Network | Callable[..., Tensor], shape: Sequence[int], *, history: int | None = None, **options: Any
+) -> Ready:
+    """All parts of a run before its first network evaluation, for those who walk by themselves.
+
+    Args:
+        network: as of ``sample``.
+        shape: ``(B, C, H, W)``.
+        history: registers to provide, at least what the solver needs; images of one batch share one number.
+        options: all that ``sample`` takes, but for ``callback``, ``ops`` and ``walk``.
+
+    Raises:
+        PlanError: if the parts do not fit one another.
+        ShapeError: if images, latents, seeds, conditioning or strengths do not fit the batch.
+    """
     bound = inspect.signature(sample).bind(network, shape, **options)
     bound.apply_defaults()
-    given, ops = bound.arguments, bound.arguments.pop("ops")
-    del given["walk"]
+    given = bound.arguments
+    del given["walk"], given["ops"]
     if given.pop("callback") is not None:
-        raise PlanError("iterate takes no callback: its caller gets every state")
-    return _walk(_ready(**given), ops)
+        raise PlanError("a run that its caller walks takes no callback: the caller gets every state")
+    return _ready(**given, history=history)
 
 
-class _Ready(NamedTuple):
+class Ready(NamedTuple):
     """A run before its next network evaluation."""
 
     denoiser: Denoiser
@@ -198,7 +217,7 @@ class _Ready(NamedTuple):
 
 
 @torch.no_grad()
-def _walk(ready: _Ready, ops: Ops) -> Iterator[Step]:
+def _walk(ready: Ready, ops: Ops) -> Iterator[Step]:
     told = ready.table.times[:, 0].tolist()
     walk = loop.iterate(
         ready.denoiser, ready.state.x, ready.table, ready.noise, ready.prepared, ops, ready.first, ready.state
@@ -240,8 +259,9 @@ def _ready(
     keep: str,
     resume: tuple[int, State] | None,
     device: torch.device | str,
-) -> _Ready:
-    """Make all parts of a run."""
+    history: int | None = None,
+) -> Ready:
+    """Make all parts of a run; for ``history`` see ``ready``."""
     size = tuple(int(n) for n in shape)
     if len(size) != 4 or min(size) < 1:
         raise ShapeError(f"shape is {size}; allowed: (B, C, H, W), each 1 or more")
@@ -274,7 +294,7 @@ def _ready(
         image, times = image.to(device, torch.float32), shorten(times, strength)
     table = build(
         walked, kind, solver, times, guidance=guidance_scale, rule=make_guidance(guidance), rescale=guidance_rescale,
-        interval=guidance_interval, clip=clip, device=device,
+        interval=guidance_interval, clip=clip, history=history, device=device,
     )  # fmt: skip
     ready = make_network(network, kind)
     denoiser, prepared = plan(ready, cond, uncond, table, None if guide is None else make_network(guide, kind))
@@ -289,10 +309,10 @@ def _ready(
         denoiser = Inpaint(denoiser, image, mask, known)
         kept = denoiser if keep == "noise" else None
     if resume is not None:
-        return _Ready(denoiser, resume[1], table, noise, prepared, resume[0], kept)
+        return Ready(denoiser, resume[1], table, noise, prepared, resume[0], kept)
     if from_noise:
         x = drawn * (initial_scale(walked, times[0]) if scale is None else scale)
     else:
         x = start(walked, times, size, latents, image, noise, device, scale)
     state = State.start(x, table.structure.history, table.structure.momentum)
-    return _Ready(denoiser, state, table, noise, prepared, 0, kept)
+    return Ready(denoiser, state, table, noise, prepared, 0, kept)

@@ -1,0 +1,67 @@
+"""The engine for asyncio: waiting for an image, or for its previews, blocks nobody."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from torch import Tensor
+
+from fastdiff.engine.engine import Engine
+from fastdiff.engine.ticket import Preview, Ticket
+
+
+def _give_up(made: asyncio.Future[Ticket]) -> None:
+    if not made.cancelled() and made.exception() is None:
+        made.result().cancel()
+
+
+class AsyncEngine:
+    """An ``Engine`` whose requests are awaited. A task that is cancelled cancels its request.
+
+    Args:
+        engine: what runs them; it may serve others beside.
+    """
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    async def submit(self, class_label: int | None = None, **options: Any) -> Ticket:
+        """See ``Engine.submit``; its host work is done in a thread."""
+        made = asyncio.ensure_future(asyncio.to_thread(self.engine.submit, class_label, **options))
+        try:
+            return await asyncio.shield(made)
+        except asyncio.CancelledError:
+            made.add_done_callback(_give_up)  # the thread goes on, and nobody would hold its ticket
+            raise
+
+    async def result(self, ticket: Ticket) -> Tensor:
+        """Wait for an image ``[1, C, H, W]``, as the loop ends.
+
+        Raises:
+            EngineError: why there is none.
+        """
+        async for _ in self.previews(ticket):
+            pass
+        return ticket.result(0)
+
+    async def previews(self, ticket: Ticket) -> AsyncIterator[Preview]:
+        """Previews as they come, until the image is finished or fails; leaving early cancels the request."""
+        loop, waiting = asyncio.get_running_loop(), asyncio.Queue[Preview | None]()
+        ticket.listen(lambda preview: loop.call_soon_threadsafe(waiting.put_nowait, preview))
+        try:
+            while (preview := await waiting.get()) is not None:
+                yield preview
+        finally:
+            if not ticket.done():
+                ticket.cancel()
+
+    async def generate(self, class_label: int | None = None, **options: Any) -> Tensor:
+        """Ask for one image and wait for it: ``[1, C, H, W]`` in [0, 1]. Options and errors: see ``Engine.submit``."""
+        ticket = await self.submit(class_label, **options)
+        return self.engine.images(await self.result(ticket))
+
+    async def close(self, **options: Any) -> None:
+        """See ``Engine.close``."""
+        await asyncio.to_thread(self.engine.close, **options)
