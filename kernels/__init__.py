@@ -22,6 +22,8 @@ class Ops(NamedTuple):
     combine: Callable[..., tuple[Tensor, ...]]
     linear: Callable[..., Tensor] = reference.linear
     upsample_conv: Callable[..., Tensor] = reference.upsample_conv
+    layer_norm: Callable[..., Tensor] = reference.layer_norm
+    geglu: Callable[..., Tensor] = reference.geglu
 
 
 REFERENCE = Ops(reference.group_norm_silu, reference.attention, reference.combine)
@@ -34,11 +36,13 @@ def triton_ops() -> Ops:
     Raises:
         ImportError: if triton is not installed (``pip install 'fastdiff[gpu]'``).
     """
-    from .attention import attention
     from .combine import combine
+    from .dispatch import attention
+    from .geglu import geglu
     from .group_norm_silu import group_norm_silu
+    from .layer_norm import layer_norm
 
-    return Ops(group_norm_silu, attention, combine)
+    return Ops(group_norm_silu, attention, combine, layer_norm=layer_norm, geglu=geglu)
 
 
 __all__ = ["CPU", "REFERENCE", "Ops", "Sums", "triton_ops"]

@@ -86,13 +86,11 @@ class ResnetBlock(nn.Module):
         if self.resample is not None:
             h, x = (resampled(part, self.resample) for part in (h, x))
         h = self.conv1(h)
-        scale = shift = None
-        if self.scale_shift:
-            scale, shift = time_row.chunk(2, dim=1)
-        else:
-            h = h + time_row[:, :, None, None]
+        scale, shift = time_row.chunk(2, dim=1) if self.scale_shift else (None, None)
+        row = None if self.scale_shift else time_row
         norm = self.norm2
-        h = self.conv2(ops.group_norm_silu(h, norm.weight, norm.bias, self.groups, self.eps, scale=scale, shift=shift))
+        h = ops.group_norm_silu(h, norm.weight, norm.bias, self.groups, self.eps, scale=scale, shift=shift, row=row)
+        h = self.conv2(h)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -164,8 +162,8 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(channels, 2 * inner)
 
     def forward(self, x: Tensor, ops: Ops) -> Tensor:
-        value, gate = applied(self.proj, x, ops).chunk(2, dim=-1)
-        return F.gelu(gate) * value
+        result: Tensor = ops.geglu(applied(self.proj, x, ops))
+        return result
 
 
 class FeedForward(nn.Module):
@@ -191,9 +189,9 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x: Tensor, context: Iterator[TokenPair], ops: Ops) -> Tensor:
         """``[B, L, C] -> [B, L, C]``."""
-        x = x + self.attn1(self.norm1(x), context, ops)
-        x = x + self.attn2(self.norm2(x), context, ops)
-        return x + self.ff(self.norm3(x), ops)
+        x = x + self.attn1(normed(self.norm1, x, ops), context, ops)
+        x = x + self.attn2(normed(self.norm2, x, ops), context, ops)
+        return x + self.ff(normed(self.norm3, x, ops), ops)
 
 
 class SpatialTransformer(nn.Module):
@@ -225,6 +223,12 @@ class SpatialTransformer(nn.Module):
 def applied(layer: nn.Module, tokens: Tensor, ops: Ops) -> Tensor:
     """Apply a linear layer, or a 1x1 convolution, which is the same, to ``[B, L, C]``."""
     result: Tensor = ops.linear(tokens, layer.weight.flatten(1), layer.bias)
+    return result
+
+
+def normed(layer: nn.LayerNorm, tokens: Tensor, ops: Ops) -> Tensor:
+    """Apply a layer norm to ``[B, L, C]``."""
+    result: Tensor = ops.layer_norm(tokens, layer.weight, layer.bias, layer.eps)
     return result
 
 
