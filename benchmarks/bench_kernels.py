@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fastdiff.benchmarks.environment import copy_rate, environment, median, synchronize, timed_ms
-from fastdiff.benchmarks.gpu.cases import HALF, Case, call, cases, error, truth
-from fastdiff.kernels import REFERENCE, triton_ops
+from fastdiff.benchmarks.gpu.cases import HALF, Case, call, cases, error, ours, truth
+from fastdiff.kernels import REFERENCE
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -48,7 +48,7 @@ def test_kernel(
     if dtype not in case.dtypes or (dtype != torch.float32 and device.type == "cpu"):
         pytest.skip(f"{case.op} does not run in {dtype} on {device.type}")
     arguments = case.build(dtype, device, 0)
-    ops = REFERENCE if implementation == "reference" else triton_ops()
+    ops = REFERENCE if implementation == "reference" else ours(device)
     result = call(ops, case, arguments)  # compiles, too
     synchronize(device)
     taken: list[float] = []

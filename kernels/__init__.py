@@ -38,11 +38,13 @@ def triton_ops() -> Ops:
         ImportError: if triton is not installed (``pip install 'fastdiff[gpu]'``).
     """
     from .add import add
-    from .attention import attention
     from .combine import combine
+    from .dispatch import attention
+    from .geglu import geglu
     from .group_norm_silu import group_norm_silu
+    from .layer_norm import layer_norm
 
-    return Ops(group_norm_silu, attention, combine, add=add)
+    return Ops(group_norm_silu, attention, combine, layer_norm=layer_norm, geglu=geglu, add=add)
 
 
 __all__ = ["CPU", "REFERENCE", "Ops", "Sums", "triton_ops"]

@@ -1,7 +1,6 @@
-# What follows a layer: bias, a row for each image, a residual, in one pass.
+# What follows a layer: its bias and a residual, in one pass.
 #
-# Shapes   x, residual, out [B, H, W, C] fp32, fp16 or bf16, dense channels, any distance between pixels; bias [C],
-#          row [B, C], any strides.
+# Shapes   x, residual, out [B, H, W, C] fp32, fp16 or bf16, dense channels, any distance between pixels; bias [C].
 # Grid     (ceil(B*H*W / ROWS), ceil(C / BLOCK_C)).
 # Passes   one: x and the residual are read once, out written once; sums in float32, rounded once.
 # Bytes    B*H*W*C * itemsize * (2 or 3); time >= bytes / bandwidth.
@@ -20,15 +19,15 @@ from torch import Tensor
 
 from fastdiff.errors import ShapeError
 
-from .tiles import CombineTile, chip_of, lookup
+from .edge import DTYPES, chip_of
+from .tiles import CombineTile, lookup
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 256  # channels of one tile
 
 
 @triton.jit
 def _add_kernel(
-    x, bias, row, residual, out, pixels, C, per_image, x_pixel, bias_c, row_n, row_c, residual_pixel, out_pixel,
+    x, bias, residual, out, pixels, C, x_pixel, bias_c, residual_pixel, out_pixel,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     pixel = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -37,9 +36,6 @@ def _add_kernel(
     total = tl.load(x + pixel[:, None] * x_pixel + channel[None, :], mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
         total += tl.load(bias + channel * bias_c, mask=channel < C, other=0.0).to(tl.float32)[None, :]
-    if row is not None:
-        place = (pixel // per_image)[:, None] * row_n + channel[None, :] * row_c
-        total += tl.load(row + place, mask=inside, other=0.0).to(tl.float32)
     if residual is not None:
         place = pixel[:, None] * residual_pixel + channel[None, :]
         total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
@@ -68,15 +64,12 @@ def _check(x: Tensor, given: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -
             raise ShapeError(f"add: {name} {tuple(value.shape)} {value.dtype}; allowed: {shape} {x.dtype}")
 
 
-def add(
-    x: Tensor, bias: Tensor | None, row: Tensor | None, residual: Tensor | None, out: Tensor | None = None
-) -> Tensor:
+def add(x: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None = None) -> Tensor:
     """What follows a layer, in one pass.
 
     Args:
         x: ``[B, H, W, C]``.
         bias: ``[C]`` or None.
-        row: ``[B, C]``, any strides, or None.
         residual: ``[B, H, W, C]``, any distance between pixels, or None.
         out: where to write, likewise, or None for a new dense tensor.
 
@@ -88,9 +81,8 @@ def add(
         BackendError: if the device cannot run Triton, or an input requires grad.
     """
     batch, height, width, channels = size = tuple(x.shape) if x.dim() == 4 else (0, 0, 0, 0)
-    given = {"bias": (bias, (channels,)), "row": (row, (batch, channels)), "residual": (residual, size)}
-    _check(x, given | {"out": (out, size)})
-    chip = chip_of("add", tuple(t for t in (x, bias, row, residual, out) if t is not None), interpreted=INTERPRETED)
+    _check(x, {"bias": (bias, (channels,)), "residual": (residual, size), "out": (out, size)})
+    chip = chip_of("add", tuple(t for t in (x, bias, residual, out) if t is not None), interpreted=INTERPRETED)
     x = x if x.stride(3) == 1 else x.contiguous()
     if out is None:
         out = x.new_empty(x.shape)
@@ -102,11 +94,9 @@ def add(
     strides = [
         _pixel_stride(name, t) if t is not None else 0 for name, t in (("x", x), ("residual", residual), ("out", out))
     ]
-    by_row = (0, 0) if row is None else row.stride()
     with torch.cuda.device_of(x):
         _add_kernel[(triton.cdiv(pixels, rows), triton.cdiv(channels, lanes))](
-            x, bias, row, residual, out, pixels, channels, height * width, strides[0],
-            0 if bias is None else bias.stride(0), *by_row, strides[1], strides[2],
+            x, bias, residual, out, pixels, channels, strides[0], 0 if bias is None else bias.stride(0), *strides[1:],
             ROWS=rows, BLOCK_C=lanes, num_warps=tile.warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out

@@ -27,20 +27,29 @@ from torch import Tensor
 
 from fastdiff.errors import ShapeError
 
-from .tiles import AttentionTile, Chip, chip_of, lookup
+from .attention_tiles import AttentionTile
+from .edge import DTYPES, check_like, chip_of
+from .tiles import Chip, lookup
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALLEST_HEAD, LARGEST_HEAD = 16, 160
 MOST_KEYS_OF_TEXT = 128
 MANY_QUERIES = 1024  # from here on one head of one image has work for several large tiles
 
 
 @triton.jit
-def _load(base, rows, limit, row_stride, lane_stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr):
-    """Lanes FIRST.. of some rows: [rows, WIDTH], 0 beyond the last row and the last lane."""
+def _load(
+    base, rows, limit, row_stride, lane_stride,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Lanes FIRST.. of some rows: [rows, WIDTH], 0 beyond the last row (FULL: there is none) and the last lane."""
     lanes = FIRST + tl.arange(0, WIDTH)
-    inside = (rows < limit)[:, None] & (lanes < HEAD)[None, :]
-    return tl.load(base + rows[:, None] * row_stride + lanes[None, :] * lane_stride, mask=inside, other=0.0)
+    place = base + rows[:, None] * row_stride + lanes[None, :] * lane_stride
+    if FULL and FIRST + WIDTH <= HEAD:
+        return tl.load(place)
+    elif FULL:
+        return tl.load(place, mask=(lanes < HEAD)[None, :], other=0.0)
+    else:
+        return tl.load(place, mask=(rows < limit)[:, None] & (lanes < HEAD)[None, :], other=0.0)
 
 
 @triton.jit
@@ -60,19 +69,49 @@ def _dot(a, b, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def _scores(
-    q_low, q_high, k, keys, M, k_m, k_d, scale,
-    HEAD: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+    q_low, q_high, k, keys, M, k_m, k_d,
+    HEAD: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_L, BLOCK_M] float32: base-2 logarithms of the unnormalised weights, -inf beyond the last key."""
-    k_low = _load(k, keys, M, k_m, k_d, 0, LOW, HEAD)
+    """[BLOCK_L, BLOCK_M] float32: the products of queries and keys, -inf beyond the last key."""
+    k_low = _load(k, keys, M, k_m, k_d, 0, LOW, HEAD, FULL)
     scores = _dot(q_low, tl.trans(k_low), tl.zeros([q_low.shape[0], k_low.shape[0]], tl.float32), PRECISION)
     if HIGH > 0:
-        k_high = _load(k, keys, M, k_m, k_d, LOW, HIGH, HEAD)
+        k_high = _load(k, keys, M, k_m, k_d, LOW, HIGH, HEAD, FULL)
         scores = _dot(q_high, tl.trans(k_high), scores, PRECISION)
-    scores *= scale
-    if RAGGED:
+    if not FULL:
         scores = tl.where((keys < M)[None, :], scores, float("-inf"))
     return scores
+
+
+@triton.jit
+def _mix(
+    weights, sum_low, sum_high, v, keys, M, v_m, v_d,
+    HEAD: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the values of some keys, by their weights."""
+    weights = weights.to(v.dtype.element_ty)
+    sum_low = _dot(weights, _load(v, keys, M, v_m, v_d, 0, LOW, HEAD, FULL), sum_low, PRECISION)
+    if HIGH > 0:
+        sum_high = _dot(weights, _load(v, keys, M, v_m, v_d, LOW, HIGH, HEAD, FULL), sum_high, PRECISION)
+    return sum_low, sum_high
+
+
+@triton.jit
+def _step(
+    peak, total, sum_low, sum_high, q_low, q_high, k, v, keys, M, scale, k_m, k_d, v_m, v_d,
+    HEAD: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Online softmax: take one more tile of keys in. `scale` is applied with the maximum, in one operation."""
+    scores = _scores(q_low, q_high, k, keys, M, k_m, k_d, HEAD, LOW, HIGH, FULL, PRECISION)
+    higher = tl.maximum(peak, tl.max(scores, axis=1) * scale)
+    decay = tl.exp2(peak - higher)
+    weights = tl.exp2(scores * scale - higher[:, None])
+    total = total * decay + tl.sum(weights, axis=1)
+    sum_low = sum_low * decay[:, None]
+    if HIGH > 0:
+        sum_high = sum_high * decay[:, None]
+    sum_low, sum_high = _mix(weights, sum_low, sum_high, v, keys, M, v_m, v_d, HEAD, LOW, HIGH, FULL, PRECISION)
+    return higher, total, sum_low, sum_high
 
 
 @triton.jit
@@ -95,39 +134,39 @@ def _attention_kernel(
     q_l, k_m, v_m, o_l = q_l * UNIT, k_m * UNIT, v_m * UNIT, o_l * UNIT
 
     rows = (tl.program_id(0) % blocks) * BLOCK_L + tl.arange(0, BLOCK_L)
-    q_low = _load(q, rows, L, q_l, q_d, 0, LOW, HEAD)
-    q_high = q_low
-    sum_low = tl.zeros([BLOCK_L, LOW], tl.float32)
+    q_low = _load(q, rows, L, q_l, q_d, 0, LOW, HEAD, False)
+    q_high, sum_low = q_low, tl.zeros([BLOCK_L, LOW], tl.float32)
+    sum_high = sum_low
     if HIGH > 0:
-        q_high = _load(q, rows, L, q_l, q_d, LOW, HIGH, HEAD)
+        q_high = _load(q, rows, L, q_l, q_d, LOW, HIGH, HEAD, False)
         sum_high = tl.zeros([BLOCK_L, HIGH], tl.float32)
 
     if ONE_TILE:
         keys = tl.arange(0, BLOCK_M)
-        scores = _scores(q_low, q_high, k, keys, M, k_m, k_d, scale, HEAD, LOW, HIGH, RAGGED, PRECISION)
-        weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
+        scores = _scores(q_low, q_high, k, keys, M, k_m, k_d, HEAD, LOW, HIGH, not RAGGED, PRECISION)
+        weights = tl.exp2(scores * scale - tl.max(scores, axis=1)[:, None] * scale)
         total = tl.sum(weights, axis=1)
-        weights = weights.to(v.dtype.element_ty)
-        sum_low = _dot(weights, _load(v, keys, M, v_m, v_d, 0, LOW, HEAD), sum_low, PRECISION)
-        if HIGH > 0:
-            sum_high = _dot(weights, _load(v, keys, M, v_m, v_d, LOW, HIGH, HEAD), sum_high, PRECISION)
+        sum_low, sum_high = _mix(
+            weights, sum_low, sum_high, v, keys, M, v_m, v_d, HEAD, LOW, HIGH, not RAGGED, PRECISION
+        )
     else:
         peak = tl.full([BLOCK_L], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_L], tl.float32)
-        for start in range(0, M, BLOCK_M):
+        # The last tile of keys stands apart, so that the others need no mask; exact float32 products would then spill.
+        APART: tl.constexpr = RAGGED and PRECISION == "tf32"
+        even = M - M % BLOCK_M if APART else M
+        for start in range(0, even, BLOCK_M):
             keys = start + tl.arange(0, BLOCK_M)
-            scores = _scores(q_low, q_high, k, keys, M, k_m, k_d, scale, HEAD, LOW, HIGH, RAGGED, PRECISION)
-            higher = tl.maximum(peak, tl.max(scores, axis=1))
-            decay = tl.exp2(peak - higher)
-            weights = tl.exp2(scores - higher[:, None])
-            total = total * decay + tl.sum(weights, axis=1)
-            weights = weights.to(v.dtype.element_ty)
-            v_low = _load(v, keys, M, v_m, v_d, 0, LOW, HEAD)
-            sum_low = _dot(weights, v_low, sum_low * decay[:, None], PRECISION)
-            if HIGH > 0:
-                v_high = _load(v, keys, M, v_m, v_d, LOW, HIGH, HEAD)
-                sum_high = _dot(weights, v_high, sum_high * decay[:, None], PRECISION)
-            peak = higher
+            peak, total, sum_low, sum_high = _step(
+                peak, total, sum_low, sum_high, q_low, q_high, k, v, keys, M, scale, k_m, k_d, v_m, v_d,
+                HEAD, LOW, HIGH, APART or not RAGGED, PRECISION,
+            )  # fmt: skip
+        if APART:
+            keys = even + tl.arange(0, BLOCK_M)
+            peak, total, sum_low, sum_high = _step(
+                peak, total, sum_low, sum_high, q_low, q_high, k, v, keys, M, scale, k_m, k_d, v_m, v_d,
+                HEAD, LOW, HIGH, False, PRECISION,
+            )  # fmt: skip
 
     _store(out, rows, L, o_l, o_d, sum_low / total[:, None], 0, HEAD)
     if HIGH > 0:
@@ -175,18 +214,19 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not SMALLEST_HEAD <= d <= LARGEST_HEAD:
         raise ShapeError(f"attention: head size {d}; allowed: {SMALLEST_HEAD} to {LARGEST_HEAD}")
     expected = (N, heads, k.shape[2], d)
-    if tuple(k.shape) != expected or tuple(v.shape) != expected or k.shape[2] == 0:
-        received = f"k {tuple(k.shape)}, v {tuple(v.shape)}"
-        raise ShapeError(f"attention: {received}; allowed: ({N}, {heads}, M >= 1, {d}) each")
+    if tuple(k.shape) != expected or tuple(v.shape) != expected or k.numel() == 0 or q.numel() == 0:
+        received = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ShapeError(f"attention: {received}; allowed: not empty, k and v ({N}, {heads}, M, {d}) each")
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Softmax attention, self or cross.
 
     Args:
-        q: ``[N, heads, L, d]``, any strides, ``16 <= d <= 160``.
+        q: ``[N, heads, L, d]``, not empty, any strides (a view of a packed projection), ``16 <= d <= 160``.
         k: ``[N, heads, M, d]``, any strides, ``M >= 1``.
         v: ``[N, heads, M, d]``, any strides.
+        out: ``[N, heads, L, d]`` in the dtype of ``q``, any strides, or None; written and returned.
 
     Returns:
         ``[N, heads, L, d]`` in the dtype and, where it is dense, the layout of ``q``:
@@ -199,10 +239,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Source: Dao 2023, arXiv:2307.08691, algorithm 1, forward only.
     """
     _check(q, k, v)
-    chip = chip_of("attention", (q, k, v), interpreted=INTERPRETED)
-    out = torch.empty_like(q)
-    if q.numel() == 0:
-        return out
+    check_like("attention", "out", out, q)
+    chip = chip_of("attention", (q, k, v) if out is None else (q, k, v, out), interpreted=INTERPRETED)
+    out = torch.empty_like(q) if out is None else out
     N, heads, L, d = q.shape
     M = k.shape[2]
     cut = plan(L, M, d, q.dtype, chip)

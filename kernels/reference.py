@@ -21,8 +21,11 @@ def group_norm_silu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     silu: bool = True,
+    row: Tensor | None = None,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> Tensor:
-    """Group normalisation, optional per-image modulation, optional SiLU, in one op.
+    """Group normalisation of ``x + residual + row``, optional per-image modulation, optional SiLU, in one op.
 
     Args:
         x: ``[N, C, H, W]``, any layout; the result keeps it.
@@ -33,18 +36,64 @@ def group_norm_silu(
         scale: ``[N, C]`` or None; the normalised value is multiplied by ``1 + scale``.
         shift: ``[N, C]`` or None; added after ``scale``.
         silu: apply ``y * sigmoid(y)`` last.
+        row: ``[N, C]`` or None; added to ``x`` before the norm.
+        residual: like ``x``, or None; added to ``x`` before the norm.
+        total: like ``x``, or None; the sum is written here.
 
     Returns:
         ``[N, C, H, W]`` in the dtype of ``x``.
 
     Source: Wu and He 2018, arXiv:1803.08494; the modulation is Dhariwal and Nichol 2021, arXiv:2105.05233, sec. 4.3.
     """
+    x = x if residual is None else x + residual
+    x = x if row is None else x + row[:, :, None, None]
+    if total is not None:
+        total.copy_(x)
     y = F.group_norm(x, groups, weight, bias, eps)
     if scale is not None:
         y = y * (1 + scale[:, :, None, None])
     if shift is not None:
         y = y + shift[:, :, None, None]
     return F.silu(y) if silu else y
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
+) -> Tensor:
+    """Layer normalisation of ``x + residual`` over the last dimension.
+
+    Args:
+        x: ``[..., C]``.
+        weight: ``[C]`` or None.
+        bias: ``[C]`` or None.
+        eps: added to the variance.
+        residual: like ``x``, or None; added to ``x`` before the norm.
+        total: like ``x``, or None; the sum is written here.
+
+    Returns:
+        ``[..., C]``.
+
+    Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450.
+    """
+    x = x if residual is None else x + residual
+    if total is not None:
+        total.copy_(x)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def geglu(x: Tensor) -> Tensor:
+    """The first half of the last dimension times the exact GELU of the second: ``[..., 2 * I]`` -> ``[..., I]``.
+
+    Source: Shazeer 2020, arXiv:2002.05202, eq. 6.
+    """
+    value, gate = x.chunk(2, dim=-1)
+    return F.gelu(gate) * value
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -68,36 +117,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalisation over the last axis: ``x [..., C]``, ``weight [C]``, ``bias [C]`` -> ``[..., C]``."""
-    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
-
-
-def geglu(x: Tensor) -> Tensor:
-    """``[..., 2 C]`` -> ``[..., C]``: the first half, gated by GELU of the second.
-
-    Source: Shazeer 2020, arXiv:2002.05202, eq. 6.
-    """
-    value, gate = x.chunk(2, dim=-1)
-    return F.gelu(gate) * value
-
-
-def add(
-    x: Tensor, bias: Tensor | None, row: Tensor | None, residual: Tensor | None, out: Tensor | None = None
-) -> Tensor:
+def add(x: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None = None) -> Tensor:
     """What follows a layer, in one pass.
 
     Args:
         x: ``[B, H, W, C]``.
         bias: ``[C]``, added to every pixel, or None.
-        row: ``[B, C]``, added to every pixel of an image, or None.
         residual: ``[B, H, W, C]``, any strides, or None.
         out: where to write, ``[B, H, W, C]`` with dense channels, or None.
 
     Returns:
         ``out``, or a new tensor.
     """
-    for more in (bias, None if row is None else row[:, None, None, :], residual):
+    for more in (bias, residual):
         x = x if more is None else x + more
     return x if out is None else out.copy_(x)
 
@@ -117,15 +149,21 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[in
     return F.conv2d(F.interpolate(x, size=tuple(size), mode="nearest"), weight, bias, padding=1)
 
 
-def combine(registers: Sequence[Tensor | None], sums: Sums) -> tuple[Tensor, ...]:
+def combine(
+    registers: Sequence[Tensor | None], sums: Sums, dtypes: Sequence[torch.dtype] | None = None
+) -> tuple[Tensor, ...]:
     """Weighted sums of registers.
+
+    Everything between two evaluations of a network that is linear is one such call: guidance (the weights of the strong
+    and the weak output), the solver's update, its history, and the scaled input of the next evaluation in its dtype.
 
     A zero weight never multiplies what it leaves out: a register that holds NaN or infinity at an image whose
     weight is 0 does not reach that image's result.
 
     Args:
-        registers: each ``[B, C, H, W]`` float32, or None where no output lists it.
+        registers: each ``[B, C, H, W]`` in float32, float16 or bfloat16, or None where no output lists it.
         sums: weights and lists of what is read.
+        dtypes: of each output; float32 where None. Sums are formed in float32.
 
     Returns:
         One ``[B, C, H, W]`` for each output; an output that lists no register is zero.
@@ -139,6 +177,9 @@ def combine(registers: Sequence[Tensor | None], sums: Sums) -> tuple[Tensor, ...
                 term = torch.where(weight == 0, 0, term)
             total = term if total is None else total + term
         if total is None:
-            total = torch.zeros_like(next(r for r in registers if r is not None))
+            like = next(r for r in registers if r is not None)
+            total = torch.zeros_like(like, dtype=sums.weights.dtype)
         results.append(total)
+    if dtypes is not None:
+        results = [result.to(dtype) for result, dtype in zip(results, dtypes, strict=True)]
     return tuple(results)

@@ -12,9 +12,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from fastdiff.errors import BackendError
+
+from .attention_tiles import ATTENTION, AttentionTile
 
 OLDEST = 80  # compute capability 8.0, the first one that Triton supports
 
@@ -26,16 +27,24 @@ class NormTile(NamedTuple):
     rows: int
     waves: int
     warps: int
-    stages: int = 1
 
 
-class AttentionTile(NamedTuple):
-    """``queries`` rows against ``keys`` columns at a time; 0 keys: all of them in one tile."""
+class TeamTile(NamedTuple):
+    """At most ``rows`` pixels, at least ``least``, by about ``channels``; ``resident`` programs per multiprocessor."""
 
-    queries: int
-    keys: int
+    channels: int
+    rows: int
+    least: int
+    resident: int
     warps: int
-    stages: int
+
+
+class RowTile(NamedTuple):
+    """About ``elements`` of whole rows (layer norm), or of rows cut every ``lanes`` (GEGLU)."""
+
+    elements: int
+    warps: int
+    lanes: int = 0
 
 
 class CombineTile(NamedTuple):
@@ -43,7 +52,6 @@ class CombineTile(NamedTuple):
 
     elements: int
     warps: int
-    stages: int = 1
 
 
 class Chip(NamedTuple):
@@ -55,62 +63,25 @@ class Chip(NamedTuple):
 
 INTERPRETER = Chip(OLDEST, 4)  # few multiprocessors, so that small test images still split
 
-Tile = NormTile | AttentionTile | CombineTile
+Tile = NormTile | TeamTile | RowTile | AttentionTile | CombineTile
 
 # (op, shape class, "half" or "float") -> rows of (first architecture, tile), oldest first.
-# Shape classes: group norm, does an image's tile stay on chip ("whole") or not ("split"); attention, many or
-# few queries (or cross: up to 128 keys) and the padded head size. The rows from 12.0 on go back to the small
-# tiles: those chips have 99 KiB of shared memory for a program, not 227.
+# Shape classes of group norm: an image's tile fits one program ("whole"), several that meet ("team"), or none.
 TILES: dict[tuple[str, str, str], tuple[tuple[int, Tile], ...]] = {
     ("group_norm_silu", "whole", "half"): ((80, NormTile(64, 256, 1, 8)),),
     ("group_norm_silu", "whole", "float"): ((80, NormTile(64, 256, 1, 8)),),
+    ("group_norm_silu", "team", "half"): ((80, TeamTile(128, 128, 16, 2, 8)), (120, TeamTile(128, 64, 16, 2, 8))),
+    ("group_norm_silu", "team", "float"): ((80, TeamTile(128, 64, 16, 2, 8)),),
     ("group_norm_silu", "split", "half"): ((80, NormTile(128, 32, 2, 4)),),
     ("group_norm_silu", "split", "float"): ((80, NormTile(128, 16, 2, 4)),),
-    ("attention", "many_64", "half"): (
-        (80, AttentionTile(128, 64, 8, 3)),
-        (90, AttentionTile(128, 128, 8, 3)),
-        (120, AttentionTile(128, 64, 8, 3)),
-    ),
-    ("attention", "many_128", "half"): (
-        (80, AttentionTile(128, 64, 8, 2)),
-        (90, AttentionTile(128, 128, 8, 2)),
-        (120, AttentionTile(128, 64, 8, 2)),
-    ),
-    ("attention", "many_256", "half"): (
-        (80, AttentionTile(64, 16, 4, 2)),
-        (90, AttentionTile(128, 64, 8, 2)),
-        (120, AttentionTile(64, 16, 4, 2)),
-    ),
-    ("attention", "few_64", "half"): ((80, AttentionTile(64, 64, 4, 3)),),
-    ("attention", "few_128", "half"): (
-        (80, AttentionTile(64, 32, 4, 2)),
-        (90, AttentionTile(64, 64, 4, 2)),
-        (120, AttentionTile(64, 32, 4, 2)),
-    ),
-    ("attention", "few_256", "half"): (
-        (80, AttentionTile(64, 16, 4, 2)),
-        (90, AttentionTile(64, 32, 4, 2)),
-        (120, AttentionTile(64, 16, 4, 2)),
-    ),
-    ("attention", "cross_64", "half"): ((80, AttentionTile(64, 0, 4, 1)),),
-    ("attention", "cross_128", "half"): ((80, AttentionTile(64, 0, 4, 1)),),
-    ("attention", "cross_256", "half"): (
-        (80, AttentionTile(16, 0, 4, 1)),
-        (90, AttentionTile(64, 0, 8, 1)),
-        (120, AttentionTile(16, 0, 4, 1)),
-    ),
-    ("attention", "many_64", "float"): ((80, AttentionTile(64, 32, 8, 2)),),
-    ("attention", "many_128", "float"): ((80, AttentionTile(32, 32, 8, 2)),),
-    ("attention", "many_256", "float"): ((80, AttentionTile(32, 32, 8, 2)),),
-    ("attention", "few_64", "float"): ((80, AttentionTile(32, 32, 4, 2)),),
-    ("attention", "few_128", "float"): ((80, AttentionTile(32, 32, 8, 2)),),
-    ("attention", "few_256", "float"): ((80, AttentionTile(32, 16, 8, 2)),),
-    ("attention", "cross_64", "float"): ((80, AttentionTile(32, 32, 4, 2)),),
-    ("attention", "cross_128", "float"): ((80, AttentionTile(32, 32, 4, 2)),),
-    ("attention", "cross_256", "float"): ((80, AttentionTile(32, 16, 8, 2)),),
+    ("layer_norm", "any", "half"): ((80, RowTile(4096, 4)),),
+    ("layer_norm", "any", "float"): ((80, RowTile(4096, 4)),),
+    ("geglu", "any", "half"): ((80, RowTile(2048, 4, 256)),),
+    ("geglu", "any", "float"): ((80, RowTile(1024, 4, 256)),),
     ("combine", "any", "float"): ((80, CombineTile(1024, 4)),),
     ("add", "any", "half"): ((80, CombineTile(4096, 4)),),
     ("add", "any", "float"): ((80, CombineTile(2048, 4)),),
+    **ATTENTION,
 }
 
 
@@ -125,24 +96,3 @@ def lookup(op: str, shape: str, dtype: torch.dtype, architecture: int) -> Tile:
         if architecture >= first:
             return tile
     raise BackendError(f"{op}: compute capability {architecture / 10}; allowed: {OLDEST / 10} and newer")
-
-
-def chip_of(op: str, tensors: tuple[Tensor, ...], *, interpreted: bool) -> Chip:
-    """Return the chip that holds ``tensors``; every launcher begins here.
-
-    Raises:
-        BackendError: if the tensors lie on several devices or on one that Triton cannot reach, or if autograd
-            would record this call: the kernels have no backward.
-    """
-    device = tensors[0].device
-    others = sorted({str(t.device) for t in tensors if t.device != device})
-    if others:
-        raise BackendError(f"{op}: tensors on {device} and {', '.join(others)}; allowed: one device")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise BackendError(f"{op}: an input requires grad; forward only, allowed: torch.no_grad() or REFERENCE")
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return Chip(10 * properties.major + properties.minor, properties.multi_processor_count)
-    if interpreted and device.type == "cpu":
-        return INTERPRETER
-    raise BackendError(f"{op}: tensors on {device}; allowed: cuda, or cpu in Triton's interpreter (TRITON_INTERPRET=1)")

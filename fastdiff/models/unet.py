@@ -86,13 +86,11 @@ class ResnetBlock(nn.Module):
         if self.resample is not None:
             h, x = (resampled(part, self.resample) for part in (h, x))
         h = self.conv1(h)
-        scale = shift = None
-        if self.scale_shift:
-            scale, shift = time_row.chunk(2, dim=1)
-        else:
-            h = h + time_row[:, :, None, None]
+        scale, shift = time_row.chunk(2, dim=1) if self.scale_shift else (None, None)
+        row = None if self.scale_shift else time_row
         norm = self.norm2
-        h = self.conv2(ops.group_norm_silu(h, norm.weight, norm.bias, self.groups, self.eps, scale=scale, shift=shift))
+        h = ops.group_norm_silu(h, norm.weight, norm.bias, self.groups, self.eps, scale=scale, shift=shift, row=row)
+        h = self.conv2(h)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -164,7 +162,8 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(channels, 2 * inner)
 
     def forward(self, x: Tensor, ops: Ops) -> Tensor:
-        return ops.geglu(applied(self.proj, x, ops))
+        result: Tensor = ops.geglu(applied(self.proj, x, ops))
+        return result
 
 
 class FeedForward(nn.Module):
@@ -221,14 +220,15 @@ class SpatialTransformer(nn.Module):
         return x + applied(self.proj_out, tokens, ops).view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-def normed(norm: nn.LayerNorm, tokens: Tensor, ops: Ops) -> Tensor:
-    """Normalise ``[B, L, C]``."""
-    return ops.layer_norm(tokens, norm.weight, norm.bias, norm.eps)
-
-
 def applied(layer: nn.Module, tokens: Tensor, ops: Ops) -> Tensor:
     """Apply a linear layer, or a 1x1 convolution, which is the same, to ``[B, L, C]``."""
     result: Tensor = ops.linear(tokens, layer.weight.flatten(1), layer.bias)
+    return result
+
+
+def normed(layer: nn.LayerNorm, tokens: Tensor, ops: Ops) -> Tensor:
+    """Apply a layer norm to ``[B, L, C]``."""
+    result: Tensor = ops.layer_norm(tokens, layer.weight, layer.bias, layer.eps)
     return result
 
 

@@ -38,7 +38,34 @@ class FlatPlan:
         self.steps = [(STEPS[op.kind], op) for op in program.ops if op.kind != NORM]
         self.weights = {slot: weight.tensor() for slot, weight in program.weights.items()}
         self.vectors = {slot: _row(parts) for slot, parts in program.vectors.items()}
+        self.rows = self._rows()
+        self.row_biases = self._row_biases()
         self.free = self._last_uses()
+
+    def _rows(self) -> dict[int, int]:
+        """Values that a time row is added to, and the slots of those rows: the norm that reads a value adds its row.
+
+        Raises:
+            PlanError: if anything but one norm reads such a value.
+        """
+        rows = {op.out: op.row for op in self.program.ops if op.kind == CONV and op.row >= 0}
+        for slot in rows:
+            readers = [op for op in self.program.ops if slot in (op.src0, op.src1, op.residual) and op.kind != NORM]
+            if [op.affine for op in readers] != [1] or slot in self.program.alias:
+                raise PlanError(f"slot {slot} gets a time row and is not read by a norm alone; a plan adds it there")
+        return rows
+
+    def _row_biases(self) -> Tensor | None:
+        """``[P]``: what is added to every image's time rows: the biases of the convolutions that get them."""
+        found = [(op, self.vectors[op.bias]) for op in self.program.ops if op.out in self.rows and op.bias >= 0]
+        if not found:
+            return None
+        width = max(op.row_stride for op, _ in found)
+        biases = found[0][1].new_zeros(width)
+        for op, bias in found:
+            start = self.program.resolved(op.row)[1]
+            biases[start : start + op.N] = bias
+        return biases
 
     def refresh(self) -> None:
         """Make the copies of joined weights again, in place."""
@@ -48,6 +75,8 @@ class FlatPlan:
         for slot, parts in self.program.vectors.items():
             if len(parts) > 1:
                 self.vectors[slot].copy_(_row(parts))
+        if self.row_biases is not None:
+            self.row_biases.copy_(self._row_biases())
 
     def run(self, given: Mapping[str, Tensor]) -> Tensor:
         """Run every step.
@@ -64,6 +93,8 @@ class FlatPlan:
             if name != "out":
                 image = name == "x" or name.startswith("control")
                 buffers[slot] = given[name].permute(0, 2, 3, 1) if image else given[name]
+        if self.row_biases is not None:
+            buffers[self.program.external["rows"]] = given["rows"] + self.row_biases
         for (step, op), dead in zip(self.steps, self.free, strict=True):
             step(self, op, buffers)
             for slot in dead:
@@ -110,8 +141,9 @@ class FlatPlan:
             scale, shift = self.read(buffers, norm.row, 2 * op.C0).chunk(2, dim=1)
         weight, bias = self.vectors[norm.weight], self.vectors[norm.bias]
         image = x.permute(0, 3, 1, 2)
+        row = self.read(buffers, self.rows[op.src0], op.C0) if op.src0 in self.rows else None
         y = self.ops.group_norm_silu(
-            image, weight, bias, norm.groups, norm.eps, scale=scale, shift=shift, silu=bool(op.silu)
+            image, weight, bias, norm.groups, norm.eps, scale=scale, shift=shift, silu=bool(op.silu), row=row
         )
         return y.permute(0, 2, 3, 1)
 
@@ -119,9 +151,9 @@ class FlatPlan:
         """For each step the buffers that nobody reads after it."""
         last: dict[int, int] = {}
         for index, (_, op) in enumerate(self.steps):
-            slots = [op.src0, op.src1, op.weight, op.row, op.residual, op.out]
+            slots = [op.src0, op.src1, op.weight, op.residual, op.out]
             if op.affine:
-                slots.append(self.norms[op.stats].row)
+                slots += [self.norms[op.stats].row, self.rows.get(op.src0, -1)]
             for slot in slots:
                 if slot >= 0:
                     last[self.program.resolved(slot)[0]] = index
@@ -143,25 +175,21 @@ def _row(parts: Sequence[Tensor]) -> Tensor:
 def _conv(plan: FlatPlan, op: Op, buffers: Buffers) -> None:
     x, weight = plan.normed(buffers, op), plan.weights[op.weight]
     bias = None if op.bias < 0 else plan.vectors[op.bias]
-    # what is added anyway takes a convolution's bias along, which would be a pass of its own; a product has it free
-    adds = op.row >= 0 or op.residual >= 0
-    apart = bias if adds and op.kernel > 1 else None
-    own = None if apart is not None else bias
+    # a convolution's bias would be a pass of its own: the norm or the sum behind it takes it; a product has it free
+    own = None if op.out in plan.rows or (op.residual >= 0 and op.kernel > 1) else bias
     if op.kernel == 1:
         y = plan.ops.linear(x, weight, own)
         if op.gated:
             y = plan.ops.geglu(y)
     else:
         y = _slid(op, x.permute(0, 3, 1, 2), weight, own, plan.ops).permute(0, 2, 3, 1)
-    if not adds:
+    if op.residual < 0:
         plan.write(buffers, op, y)
-        return
-    row = None if op.row < 0 else plan.read(buffers, op.row, op.N)
-    residual = None if op.residual < 0 else plan.read(buffers, op.residual, op.N)
-    _added(plan, op, buffers, (y, apart, row, residual))
+    else:
+        _added(plan, op, buffers, (y, bias if op.kernel > 1 else None, plan.read(buffers, op.residual, op.N)))
 
 
-def _added(plan: FlatPlan, op: Op, buffers: Buffers, terms: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]):
+def _added(plan: FlatPlan, op: Op, buffers: Buffers, terms: tuple[Tensor, Tensor | None, Tensor]) -> None:
     """Write ``ops.add`` of some terms where the op's result belongs."""
     place = plan.place(buffers, op, terms[0])
     result = plan.ops.add(*terms, place)
@@ -217,7 +245,7 @@ def _resample(plan: FlatPlan, op: Op, buffers: Buffers) -> None:
 
 def _add(plan: FlatPlan, op: Op, buffers: Buffers) -> None:
     x, more = plan.read(buffers, op.src0, op.C0), plan.read(buffers, op.residual, op.C0)
-    _added(plan, op, buffers, (x, None, None, more))
+    _added(plan, op, buffers, (x, None, more))
 
 
 STEPS: dict[int, Step] = {CONV: _conv, LAYER_NORM: _layer_norm, ATTENTION: _attention, RESAMPLE: _resample, ADD: _add}
