@@ -64,11 +64,11 @@ class Recorder:
 
 def record(dtype: torch.dtype, architecture: int) -> tuple[list[Launch], set[tuple[str, str, str]]]:
     """Call every launcher on real shapes; return what it would launch on a chip, and which rows of tiles it read."""
-    from fastdiff.kernels import attention, combine, geglu, group_norm_silu, layer_norm
+    from fastdiff.kernels import add, attention, combine, geglu, group_norm_silu, layer_norm
 
     launches: list[Launch] = []
     read: set[tuple[str, str, str]] = set()
-    for module in (group_norm_silu, layer_norm, geglu, attention, combine):
+    for module in (group_norm_silu, layer_norm, geglu, attention, combine, add):
         module.chip_of = lambda *args, **kwargs: Chip(architecture, CHIPS[architecture].multiprocessors)
         find = getattr(module.lookup, "plain", module.lookup)
 
@@ -89,6 +89,7 @@ def record(dtype: torch.dtype, architecture: int) -> tuple[list[Launch], set[tup
 
 def calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
     """Every launcher on the shapes of the field; the tensors have no memory."""
+    from fastdiff.kernels.add import add
     from fastdiff.kernels.attention import attention
     from fastdiff.kernels.combine import combine
     from fastdiff.kernels.geglu import geglu
@@ -109,6 +110,8 @@ def calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
         yield lambda x=x, v=vector: layer_norm(x, v, v)
         yield lambda x=x, v=vector: layer_norm(x, v, v, residual=x, total=x)
         yield lambda c=channels: geglu(draw(2, 1024, 8 * c))
+        image = torch.empty(2, 32, 32, 2 * channels, device="meta", dtype=dtype)[..., :channels]
+        yield lambda x=image, c=channels: add(x.contiguous(), draw(c), x, x)
     for width in (40, 64, 80, 128, 160):
         for L, M in [(4096, 4096), (256, 256), (4096, 77)]:
             q, k = (torch.empty(1, n, 8, width, device="meta", dtype=dtype).transpose(1, 2) for n in (L, M))

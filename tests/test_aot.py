@@ -26,7 +26,7 @@ QUICK = [(90, ("float16",)), (120, ("float32",))]
 EVERY = [(architecture, tuple(SHIPPED)) for architecture in CHIPS]
 HERE = Path(__file__).parent
 KERNELS = {"_whole_kernel", "_team_kernel", "_reduce_kernel", "_apply_kernel", "_layer_norm_kernel", "_geglu_kernel"}
-KERNELS |= {"_attention_kernel", "_combine_kernel"}
+KERNELS |= {"_attention_kernel", "_combine_kernel", "_add_kernel"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
