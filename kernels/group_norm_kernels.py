@@ -102,10 +102,11 @@ def _team_kernel(
         added = _row(row, image, channel, used, row_n, row_c)
         held, inside = (), ()
         for i in tl.static_range(PIECES):
-            inside = inside + ((pixel + i * PIECE < P)[:, None] & used[None, :],)
+            here = (pixel + i * PIECE < P)[:, None] & used[None, :]
+            inside = inside + ((pixel + zero + i * PIECE < P)[:, None] & used[None, :],)
             piece = read(
                 x + base, None if total is None or PHASE == 2 else total + base,
-                None if residual is None else residual + base, added, place + i * PIECE * C, inside[i],
+                None if residual is None else residual + base, added, place + i * PIECE * C, here,
             )  # fmt: skip
             held = held + (piece,)
         slots = partial + (number * 2 + turn).to(tl.int64) * team * 3 * BLOCK_G

@@ -20,7 +20,7 @@ from .tiles import Chip, NormTile, TeamTile, lookup
 
 REGISTERS = 65536  # of a multiprocessor, on every chip so far
 MOST_SPLITS = 64
-MOST_MEMBERS = 512  # of a team: their moments are read at once
+MOST_MEMBERS = 256  # of a team: their moments are read at once
 INTERPRETED = not isinstance(_whole_kernel, triton.JITFunction)
 
 
@@ -71,18 +71,19 @@ def _best(C: int, groups: int, wanted: int) -> tuple[int, int]:
     return min(choices, key=lambda choice: triton.cdiv(groups, choice[0]) * choice[1])
 
 
-def plan(C: int, P: int, groups: int, dtype: torch.dtype, chip: Chip) -> Plan:
+def plan(C: int, P: int, groups: int, dtype: torch.dtype, chip: Chip, residual: bool = False) -> Plan:
     """Cut ``[P, C]`` for a chip. The batch is not an argument: an image's bits must not depend on it."""
     tile = cast(NormTile, lookup("group_norm_silu", "whole", dtype, chip.architecture))
     fit, lanes = _lanes(C, groups, tile.channels)
     rows = triton.next_power_of_2(P)
     if rows * lanes <= tile.channels * tile.rows:
         return Plan("whole", triton.cdiv(groups, fit), 1, P, 0, _constants(C, groups, fit, lanes, rows), tile.warps)
-    team = cast(TeamTile, lookup("group_norm_silu", "team", dtype, chip.architecture))
+    kind = "team_sum" if residual else "team"
+    team = cast(TeamTile, lookup("group_norm_silu", kind, dtype, chip.architecture))
     fit, lanes = _best(C, groups, team.channels)
     blocks, resident = triton.cdiv(groups, fit), team.resident * chip.multiprocessors
-    rows = max(1, team.rows * team.channels // lanes)
-    while rows > team.least and blocks * triton.cdiv(P, rows) < resident >= triton.cdiv(P, rows // 2):
+    rows, least = (max(1, height * team.channels // lanes) for height in (team.rows, team.least))
+    while rows > least and blocks * triton.cdiv(P, rows) < resident >= triton.cdiv(P, rows // 2):
         rows //= 2  # one image is to fill the chip
     parts = triton.cdiv(P, rows)
     if 2 <= parts <= min(resident, MOST_MEMBERS):
@@ -131,7 +132,7 @@ def _strides(*vectors: Tensor | None) -> list[int]:
 
 def _launch(call: Call, chip: Chip, workspace: Workspace | None) -> None:
     N, C, H, W = call.x.shape
-    cut = plan(C, H * W, call.groups, call.x.dtype, chip)
+    cut = plan(C, H * W, call.groups, call.x.dtype, chip, call.residual is not None)
     # Fusion is stated because Triton 3.10 changes its default, and with it the bits.
     options = {"num_warps": cut.warps, "enable_fp_fusion": True}
     with torch.cuda.device_of(call.x):

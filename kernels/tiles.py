@@ -66,12 +66,15 @@ INTERPRETER = Chip(OLDEST, 4)  # few multiprocessors, so that small test images 
 Tile = NormTile | TeamTile | RowTile | AttentionTile | CombineTile
 
 # (op, shape class, "half" or "float") -> rows of (first architecture, tile), oldest first.
-# Shape classes of group norm: an image's tile fits one program ("whole"), several that meet ("team"), or none.
+# Shape classes of group norm: an image's tile fits one program ("whole"), several that meet ("team",
+# "team_sum" with a residual), or none.
 TILES: dict[tuple[str, str, str], tuple[tuple[int, Tile], ...]] = {
     ("group_norm_silu", "whole", "half"): ((80, NormTile(64, 256, 1, 8)),),
     ("group_norm_silu", "whole", "float"): ((80, NormTile(64, 256, 1, 8)),),
     ("group_norm_silu", "team", "half"): ((80, TeamTile(128, 128, 16, 2, 8)), (120, TeamTile(128, 64, 16, 2, 8))),
     ("group_norm_silu", "team", "float"): ((80, TeamTile(128, 64, 16, 2, 8)),),
+    ("group_norm_silu", "team_sum", "half"): ((80, TeamTile(128, 128, 16, 2, 8)), (90, TeamTile(128, 64, 16, 2, 8))),
+    ("group_norm_silu", "team_sum", "float"): ((80, TeamTile(128, 64, 16, 2, 8)),),
     ("group_norm_silu", "split", "half"): ((80, NormTile(128, 32, 2, 4)),),
     ("group_norm_silu", "split", "float"): ((80, NormTile(128, 16, 2, 4)),),
     ("layer_norm", "any", "half"): ((80, RowTile(4096, 4)),),

@@ -98,13 +98,14 @@ def calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
 
     def draw(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         x = torch.empty(shape, device="meta", dtype=kind)
-        return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 and shape[1] >= 64 else x
+        return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 and shape[1] >= 16 else x
 
     for channels, size in [(320, 8), (320, 64), (1280, 32), (640, 128), (128, 1024)]:
         x, vector, rows = draw(1, channels, size, size), draw(channels), draw(1, 2 * channels)
         yield lambda x=x, v=vector: group_norm_silu(x, v, v, 32)
         more = {"scale": rows[:, :channels], "shift": rows[:, channels:], "row": rows[:, :channels]}
         yield lambda x=x, v=vector, m=more: group_norm_silu(x, v, v, 32, **m, residual=x, total=x, silu=False)
+    yield lambda: group_norm_silu(draw(1, 16, 64, 64), draw(16), draw(16), 8)  # few lanes
     for channels in (320, 1280):
         x, vector = draw(2, 1024, channels), draw(channels)
         yield lambda x=x, v=vector: layer_norm(x, v, v)
@@ -208,7 +209,9 @@ def main(architecture: int, index: int, of: int, dtypes: list[torch.dtype]) -> N
             "shared": compiled.metadata.shared,
             "warps": compiled.metadata.num_warps,
             "cooperative": compiled.metadata.launch_cooperative_grid,
-            "constants": {name: value for name, value in source.constants.items() if isinstance(value, int | str)},
+            "constants": {
+                name: value for name, value in source.constants.items() if isinstance(value, int | str | None)
+            },
         }
         print(json.dumps(facts), flush=True)
 

@@ -75,7 +75,8 @@ def test_kernels_fit_chips_that_are_not_here(chip, tmp_path):
 def check_residents(launch: dict[str, Any], architecture: int, limits: Limits) -> None:
     """As many programs of a team fit a multiprocessor as its tile says; else the driver would refuse the launch."""
     dtype = torch.float32 if launch["dtype"] == "*fp32" else torch.float16
-    tile = lookup("group_norm_silu", "team", dtype, architecture)
+    kind = "team" if launch["constants"].get("residual", "") is None else "team_sum"
+    tile = lookup("group_norm_silu", kind, dtype, architecture)
     assert isinstance(tile, TeamTile)
     threads = tile.resident * launch["warps"] * 32
     registers = -(-launch["registers"] // 8) * 8  # given out in eights
