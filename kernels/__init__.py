@@ -6,8 +6,10 @@ Ops are handed to whoever uses them (the UNet, the loop); nothing is patched and
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import cpu, reference
@@ -47,4 +49,14 @@ def triton_ops() -> Ops:
     return Ops(group_norm_silu, attention, combine, layer_norm=layer_norm, geglu=geglu, add=add)
 
 
-__all__ = ["CPU", "REFERENCE", "Ops", "Sums", "triton_ops"]
+def in_turn(ops: Ops, device: torch.device) -> Ops:
+    """The same ops for calls that run one after another, never at once: they share memory, so each is one launch."""
+    if ops.group_norm_silu is REFERENCE.group_norm_silu or device.type != "cuda":
+        return ops
+    from .group_norm_silu import Workspace
+
+    shared = partial(ops.group_norm_silu, workspace=Workspace.on(device))
+    return ops._replace(group_norm_silu=shared)
+
+
+__all__ = ["CPU", "REFERENCE", "Ops", "Sums", "in_turn", "triton_ops"]

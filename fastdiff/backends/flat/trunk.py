@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from fastdiff.backends.flat.choose import PLAN, fastest
 from fastdiff.backends.flat.plan import FlatPlan
 from fastdiff.backends.lower import Shape, keys_of, lower
 from fastdiff.graph import Captured
+from fastdiff.kernels import Ops, in_turn
 from fastdiff.models.unet import TokenPair, UNet
 from fastdiff.sampling.denoiser import Cond
 
@@ -48,7 +49,7 @@ class FlatTrunk:
         self.unet, self.never_slower = unet, never_slower
         self._plans: OrderedDict[Shape, FlatPlan] = OrderedDict()
         self._lock = threading.RLock()
-        self._ways = {PLAN: Captured(self.plain), "eager": Captured(self._eager)}
+        self._ways = {PLAN: Captured(self.alone()), "eager": Captured(self._eager)}
         self._chosen: dict[str, str] = {}  # shapes -> a way
         self._places: list[int] = []
         self._versions: list[int | None] = []
@@ -82,9 +83,26 @@ class FlatTrunk:
     def _eager(self, x: Tensor, time_rows: Tensor, contexts: Sequence[TokenPair], control: Sequence[Tensor]) -> Tensor:
         return self.unet.trunk(x, time_rows, contexts, control)
 
+    def alone(self) -> Callable[..., Tensor]:
+        """``plain`` for calls that run one after another, as in one graph: they share what kernels meet in."""
+        made: dict[torch.device, Ops] = {}
+
+        def run(*arguments: Any) -> Tensor:
+            device = self.unet.conv_in.weight.device
+            if device not in made:
+                made[device] = in_turn(self.unet.ops, device)
+            return self.plain(*arguments, ops=made[device])
+
+        return run
+
     @torch.no_grad()
     def plain(
-        self, x: Tensor, time_rows: Tensor, contexts: Sequence[TokenPair] = (), control: Sequence[Tensor] = ()
+        self,
+        x: Tensor,
+        time_rows: Tensor,
+        contexts: Sequence[TokenPair] = (),
+        control: Sequence[Tensor] = (),
+        ops: Ops | None = None,
     ) -> Tensor:
         """The same, its calls issued one by one: what others may capture."""
         keys = tuple(keys_of(i, k) for i, (k, _) in enumerate(contexts))
@@ -92,13 +110,13 @@ class FlatTrunk:
         given = {"x": x, "rows": time_rows} | {f"control{i}": more for i, more in enumerate(control)}
         for i, (k, v) in enumerate(contexts):
             given |= {f"keys{i}": k, f"values{i}": v}
-        return self._plan(shape).run(given)
+        return self._plan(shape).run(given, ops or self.unet.ops)
 
     def _plan(self, shape: Shape) -> FlatPlan:
         with self._lock:
             if shape not in self._plans:
                 upcast = self.unet.config.upcast_attention
-                self._plans[shape] = FlatPlan(lower(self.unet, shape), self.unet.ops, upcast=upcast)
+                self._plans[shape] = FlatPlan(lower(self.unet, shape), upcast=upcast)
                 while len(self._plans) > PLANS:
                     self._plans.popitem(last=False)
             self._plans.move_to_end(shape)
@@ -136,8 +154,8 @@ class FlatNetwork(UNetNetwork):
         super().__init__(unet, FlatTrunk(unet, never_slower))
 
     def plain(self) -> UNetNetwork:
-        """The same network without a graph of its own, for whoever captures more than one evaluation."""
-        return UNetNetwork(self.unet, self.trunk.plain)
+        """The same network without a graph of its own, for one that captures more than an evaluation."""
+        return UNetNetwork(self.unet, self.trunk.alone())
 
     def prepare(self, cond: Cond, times: Tensor) -> Prepared:
         """See ``Network.prepare``."""
