@@ -97,3 +97,22 @@ def test_without_a_gpu_a_captured_call_is_the_call():
         return 3
 
     assert capture(call, torch.device("cpu")) is call
+
+
+@pytest.mark.parametrize("op", ["group_norm_silu", "attention", "combine"])
+def test_an_entry_of_the_kernel_table_has_every_figure(op, device):
+    """On a CPU the times mean nothing; that the table can be made does."""
+    pytest.importorskip("triton")
+    from fastdiff.benchmarks.gpu import kernels_speed
+    from fastdiff.benchmarks.gpu.cases import cases
+
+    case = next(case for case in cases() if case.op == op and case.shape == "tiny")
+    found = kernels_speed.contenders(case, torch.float32, device)
+    wanted = {"eager", "triton", "torch.compile"} | (
+        {"flash", "efficient", "cudnn", "math"} if op == "attention" else set()
+    )
+    assert set(found) == wanted
+    for name in ("eager", "triton", *(["math"] if op == "attention" else [])):
+        entry = kernels_speed.measure(case, torch.float32, found[name](), device, copy=1e9, matrix=1e12)
+        assert entry["median_ms"] > 0 and entry["error"] <= 1e-5 and entry["bytes"] == case.bytes(torch.float32)
+        assert entry["share_of_copy_rate"] > 0 and entry["sizes"] == list(case.sizes)
