@@ -15,7 +15,8 @@ pytestmark = pytest.mark.fast
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"fastdiff": "fastdiff", "fastdiff.kernels": "kernels", "fastdiff.export": "export",
            "fastdiff.benchmarks": "benchmarks"}  # fmt: skip
-HEAVY = {"triton", "onnxruntime", "onnx", "onnxscript", "diffusers", "transformers", "matplotlib"}
+HEAVY = {"triton", "onnxruntime", "onnx", "onnxscript", "diffusers", "transformers", "matplotlib", "tensorrt",
+         "tensorrt_rtx"}  # fmt: skip
 # From the bottom up: a part imports from itself and from the parts named here, nothing else.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),

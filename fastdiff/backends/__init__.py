@@ -26,6 +26,12 @@ def _onnxruntime(model: Model, spec: Spec) -> Network:
     return load(model, spec)
 
 
+def _tensorrt(model: Model, spec: Spec) -> Network:
+    from fastdiff.backends.trt import load
+
+    return load(model, spec)
+
+
 def _native(model: Model, spec: Spec) -> Network:
     from fastdiff.backends.eager import place
     from fastdiff.backends.native import network_of
@@ -46,6 +52,7 @@ BACKENDS: dict[str, Backend] = {
     "native": _native,
     "compile": _compiled,
     "onnxruntime": _onnxruntime,
+    "tensorrt": _tensorrt,
 }
 
 
