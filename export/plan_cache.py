@@ -18,6 +18,7 @@ import torch
 from fastdiff.artifact import load_manifest as load_graph_manifest
 from fastdiff.artifact import manifest_path
 from fastdiff.backends.plan_files import PlanManifest, read_plan, read_sealed, save_manifest, write_sealed
+from fastdiff.backends.trt import architecture_of
 from fastdiff.backends.trt_library import Library
 from fastdiff.errors import ArtifactError
 from fastdiff.export import progress, tensorrt
@@ -96,7 +97,7 @@ class PlanCache:
             "recipe": json.loads(json.dumps(recipe._asdict())),
             "code": code,
             "library": [self.library.name, self.library.version],
-            "gpu": list(recipe.architectures) if self.library.rtx else _gpu(),
+            "gpu": list(recipe.architectures) if self.library.rtx else [architecture_of(torch.device("cuda"))],
         }
 
     def _store(self, entry: Path, graph: Path, recipe: Recipe, facts: dict[str, Any], built: Built) -> None:
@@ -162,18 +163,6 @@ def graph_sha256(graph: Path) -> str:
             raise ArtifactError(f"{file}: no such file; {graph.name} keeps weights there")
     hashes = [sha256(file) for file in files]
     return hashes[0] if len(hashes) == 1 else _digest(hashes)
-
-
-def _gpu() -> list[str]:
-    """The GPU that TensorRT builds for.
-
-    Raises:
-        ArtifactError: if there is none.
-    """
-    if not torch.cuda.is_available():
-        raise ArtifactError("TensorRT builds engines on the GPU they are for, and torch sees none here")
-    major, minor = torch.cuda.get_device_capability()
-    return [f"sm{major}{minor}"]
 
 
 def _digest(value: Any) -> str:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from fastdiff.backends import Spec, load_backend
-from fastdiff.errors import ArtifactError, PlanError, ShapeError
+from fastdiff.built import BuiltPipeline, is_built
+from fastdiff.errors import ArtifactError, PlanError
 from fastdiff.images import Output, to_images
 from fastdiff.integrations.schedulers import Sampler, from_diffusers_scheduler
+from fastdiff.labels import check_labels
 from fastdiff.models.files import inside, read_json
 from fastdiff.models.weights import MANIFEST, Model, ModelInfo, fingerprint, load_model, load_unet
 from fastdiff.sampling.clipping import Clip
@@ -30,7 +32,6 @@ from fastdiff.sampling.steering import Interval, Strength
 from fastdiff.text_to_image import TextToImage, load_folder, load_single_file
 
 BUNDLED = Path(__file__).parent / "bundled"
-MAX_BATCH = 4096
 INDEX = "model_index.json"
 UNCONDITIONAL = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 OUTPUTS = ("pil", "pt", "np")
@@ -81,11 +82,12 @@ class Pipeline:
         controlnet: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
         variant: str | None = None,
         allow_pickle: bool = False,
-    ) -> Pipeline | TextToImage:
+    ) -> Pipeline | TextToImage | BuiltPipeline:
         """Load a model folder, a bundled model by name (``"digits"``), or a folder that diffusers saved.
 
         Args:
-            pretrained: the folder or the name. Text-to-image folders give a ``TextToImage``.
+            pretrained: the folder or the name. Text-to-image folders give a ``TextToImage``, those that ``fastdiff
+                build`` made a ``BuiltPipeline``, as ``from_built`` does.
             device: ``"cpu"`` or ``"cuda"``.
             dtype: what the network computes in; the loop itself is float32.
             backend: a name of ``fastdiff.backends.BACKENDS``.
@@ -99,6 +101,10 @@ class Pipeline:
             BackendError: if the backend is unknown or cannot run here.
         """
         folder = resolve(pretrained)
+        if is_built(folder):
+            if artifact or controlnet or variant or allow_pickle or dtype != torch.float32:
+                raise PlanError(f"{folder}: was built; of all options it takes device and backend alone")
+            return cls.from_built(folder, device=device, backend="onnxruntime" if backend == "auto" else backend)
         if (folder / INDEX).exists() and not (folder / MANIFEST).exists():
             return cls._from_index(folder, device, dtype, backend, controlnet, variant, allow_pickle)
         model = load_model(folder, variant=variant, allow_pickle=allow_pickle)
@@ -137,6 +143,11 @@ class Pipeline:
     def from_single_file(cls, file: str | os.PathLike[str], **options: Any) -> TextToImage:
         """Load one original checkpoint of Stable Diffusion 1.x, 2.x or XL; see ``fastdiff.text_to_image``."""
         return load_single_file(file, **options)
+
+    @classmethod
+    def from_built(cls, folder: str | os.PathLike[str], **options: Any) -> BuiltPipeline:
+        """Load what ``fastdiff build`` made; see ``BuiltPipeline.load``."""
+        return BuiltPipeline.load(folder, **options)
 
     def model_hash(self) -> str:
         """The SHA-256 of the weights, see ``fingerprint``."""
@@ -253,20 +264,8 @@ class Pipeline:
         Raises:
             ShapeError: naming the first label the model does not know.
         """
-        count, null = len(self.model.info.classes), self.model.info.null_label
-        if isinstance(repeat, bool) or not isinstance(repeat, int) or repeat < 1:
-            raise ShapeError(f"num_images_per_prompt is {repeat!r}; allowed: a whole number, 1 or more")
-        given = [class_labels] if class_labels is None or isinstance(class_labels, int) else list(class_labels)
-        if not given or len(given) * repeat > MAX_BATCH:
-            raise ShapeError(f"{len(given) * repeat} images asked for; allowed: 1 to {MAX_BATCH} in one call")
-        known = self.model.network.config.num_class_embeds is None or null is not None
-        for label in given:
-            if label is None and not known:
-                raise ShapeError(f"class label is None; allowed: 0 to {count - 1}, as this model has no null label")
-            if label is not None and (isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count):
-                allowed = f"0 to {count - 1}" if count else "none: the model has no classes"
-                raise ShapeError(f"class label is {label!r}; allowed: {allowed}")
-        return [null if label is None else label for label in given for _ in range(repeat)]
+        info, labelled = self.model.info, self.model.network.config.num_class_embeds is not None
+        return check_labels(class_labels, repeat, len(info.classes), info.null_label, labelled)
 
     def _like(self, guide: Pipeline) -> Network:
         """Return the network of a model that means the same by its inputs and outputs.

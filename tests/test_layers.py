@@ -25,17 +25,33 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"errors", "kernels"},
     "artifact": {"errors", "models"},  # of models only the file helpers, see below
     "backends": {"errors", "kernels", "sampling", "models", "artifact"},
-    "export": {"errors", "kernels", "sampling", "models", "artifact", "backends"},
+    "export": {"errors", "kernels", "sampling", "models", "artifact", "backends", "built"},
     "training": {"errors", "kernels", "sampling", "models"},
     "integrations": {"errors", "kernels", "sampling", "models", "backends"},
     "images": {"errors"},
+    "labels": {"errors"},
+    "built": {"errors", "sampling", "models", "backends", "images", "labels"},  # of models only the file helpers
     "text_to_image": {"errors", "kernels", "sampling", "models", "backends", "integrations", "images"},
-    "pipeline": {"errors", "kernels", "sampling", "models", "backends", "integrations", "images", "text_to_image"},
+    "pipeline": {
+        "errors",
+        "kernels",
+        "sampling",
+        "models",
+        "backends",
+        "integrations",
+        "images",
+        "labels",
+        "built",
+        "text_to_image",
+    },
     "": {"errors", "sampling", "pipeline", "training", "integrations"},  # the package's own public names
 }
 ALLOWED["benchmarks"] = set(ALLOWED) | {"cli"}
 ALLOWED["cli"] = set(ALLOWED)
-LAZY_ONLY = {"export", "benchmarks"}  # build-time parts: named inside functions of fastdiff.cli and nowhere else
+LAZY_ONLY = {
+    "export",
+    "benchmarks",
+}  # build-time parts: named inside functions of fastdiff.cli and fastdiff.cli.build alone
 
 
 class Arrow(NamedTuple):
@@ -107,12 +123,13 @@ def test_no_arrow_points_up():
 
 def test_build_time_parts_are_imported_inside_functions_of_cli_alone():
     users = [a for a in OWN if part(a.target) in LAZY_ONLY and part(a.module) not in LAZY_ONLY]
-    assert {a.module for a in users} <= {"fastdiff.cli"}
+    assert {a.module for a in users} <= {"fastdiff.cli", "fastdiff.cli.build"}
     assert all(a.lazy for a in users)
 
 
-def test_the_artifact_takes_only_file_helpers_from_models():
-    targets = {a.target for a in OWN if a.module == "fastdiff.artifact" and part(a.target) == "models"}
+@pytest.mark.parametrize("name", ["artifact", "built"])
+def test_what_runs_without_a_model_takes_only_file_helpers_from_models(name):
+    targets = {a.target for a in OWN if part(a.module) == name and part(a.target) == "models"}
     assert targets == {"fastdiff.models.files"}
 
 

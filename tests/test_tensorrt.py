@@ -13,13 +13,13 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from graphs import CHANNELS, tiny_graph
 
 pytest.importorskip("tensorrt_rtx", reason="builds need TensorRT for RTX (pip install 'fastdiff[tensorrt-rtx]')")
 
 from fastdiff.backends import plan_files  # noqa: E402
 from fastdiff.backends.plan_files import manifest_of, read_plan  # noqa: E402
 from fastdiff.backends.trt_library import find_library  # noqa: E402
+from fastdiff.benchmarks.tiny_graph import CHANNELS, tiny_graph  # noqa: E402
 from fastdiff.errors import ArtifactError, BackendError, PlanError  # noqa: E402
 from fastdiff.export import tensorrt  # noqa: E402
 from fastdiff.export.plan_cache import PLAN, PlanCache  # noqa: E402

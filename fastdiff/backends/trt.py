@@ -146,32 +146,43 @@ def _between(shape: tuple[int, ...], low: list[int], _: list[int], high: list[in
     return len(shape) == len(low) and all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
 
 
-def load_engine(file: Path, device: torch.device, trusted: str | None = None) -> Engine:
+def load_engine(file: Path, device: torch.device, trusted: str | None = None, library: Library | None = None) -> Engine:
     """Read a plan, check it, and hand it to the library that made it.
 
     Args:
         file: the plan, its manifest beside it.
         device: a GPU.
         trusted: SHA-256 of a plan that was made elsewhere; see ``read_plan``.
+        library: who runs it; None: the one that made it.
 
     Raises:
         ArtifactError: if the plan is foreign, stale, altered, or for another GPU.
         BackendError: if there is no GPU, the library is missing, or it refuses the plan.
     """
-    library = find_library(load_manifest(file).library)
+    library = library or find_library(load_manifest(file).library)
     plan, manifest = read_plan(file, library=library.name, version=library.version, trusted=trusted)
-    if device.type != "cuda" or not torch.cuda.is_available():
-        here = f"device is {device.type!r}" if device.type != "cuda" else "torch sees no GPU here"
-        raise BackendError(f"an engine runs on an NVIDIA GPU; {here}: use backend 'onnxruntime' or 'auto'")
-    major, minor = torch.cuda.get_device_capability(device)
-    check_architecture(file, manifest, f"sm{major}{minor}")
+    here = architecture_of(device)
+    check_architecture(file, manifest, here)
     logger = make_logger(library)
     runtime = library.module.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise BackendError(f"{file}: {TITLES[library.name]} refuses it: {logger.said()}")
-    kernels = _kernels(manifest, f"sm{major}{minor}")
+    kernels = _kernels(manifest, here)
     return Engine(library, engine, manifest, device, logger, kernels=kernels, runtime=runtime)
+
+
+def architecture_of(device: torch.device) -> str:
+    """Return the name of a GPU's architecture, such as ``"sm86"``.
+
+    Raises:
+        BackendError: if it is no GPU, or there is none.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        here = f"device is {device.type!r}" if device.type != "cuda" else "torch sees no GPU here"
+        raise BackendError(f"an engine runs on an NVIDIA GPU; {here}: use backend 'onnxruntime'")
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
 
 
 def check_architecture(file: Path, manifest: PlanManifest, here: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``fastdiff generate | export | bench | train | inspect``.
+"""The command line: ``fastdiff generate | export | build | bench | train | inspect``.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage. Every deliberate error is one line on stderr.
 """
@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from fastdiff.backends import BACKENDS
-from fastdiff.cli import generate
+from fastdiff.cli import build, generate
 from fastdiff.cli.common import show
 from fastdiff.errors import BackendError, FastdiffError, PlanError
 from fastdiff.models.config import UNetConfig
@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     generate.add_options(add("generate", generate.generate, "Generate images and write them as PNG files.", model))
     _export_options(add("export", export, "Export the network, or a whole sampler, to ONNX.", model))
+    build.add_options(add("build", build.build, "Make a folder that runs in production, or a model repository.", model))
     _bench_options(add("bench", bench, "Measure latency and quality beside the peers, in one run.", model))
     _train_options(add("train", train, "Train a UNet; resumes from its folder's checkpoint.", shared))
     command = add("inspect", inspect, "Show what a model folder or an exported file is.", shared)

@@ -1,0 +1,214 @@
+"""``fastdiff build``: a folder that draws images without the model's code or weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnx
+import torch
+
+from fastdiff.backends.plan_files import manifest_of
+from fastdiff.built.folder import BUILT, FORMAT, FUSED, STEPS, TABLES, Preset
+from fastdiff.built.tables import to_json
+from fastdiff.errors import ArtifactError, PlanError
+from fastdiff.export.onnx import export_sampler, export_unet
+from fastdiff.export.plan_cache import PlanCache
+from fastdiff.export.tensorrt import Bucket, Recipe
+from fastdiff.models.files import sha256, write_tensors, write_text
+from fastdiff.models.weights import Model, fingerprint
+from fastdiff.sampling.parts import initial_scale, make_solver, make_times
+from fastdiff.sampling.path import PATHS
+from fastdiff.sampling.prediction import PREDICTIONS
+from fastdiff.sampling.table import StepTable, build
+
+UNET = "unet.onnx"
+STEPS_OF = {"flow_map": 4}
+DEFAULT_STEPS = 20
+
+
+class Wanted(NamedTuple):
+    """A preset to build. None: the model's own."""
+
+    num_inference_steps: int | None = None
+    sampler: str | None = None
+    guidance_scale: float | None = None
+    fused: bool = False
+
+
+class Engines(NamedTuple):
+    """Which engines to build beside the graphs.
+
+    Args:
+        cache: keeps them between builds; its library builds.
+        architectures: ``"sm86"``...; for TensorRT none, as it builds for the GPU that is here.
+        batch: smallest, usual and largest number of images.
+        refit: let weights be changed in the finished engine.
+        bars: show progress.
+        cancelled: asked after every step.
+    """
+
+    cache: PlanCache
+    architectures: tuple[str, ...]
+    batch: tuple[int, int, int] = (1, 1, 8)
+    refit: bool = False
+    bars: bool = False
+    cancelled: Callable[[], bool] | None = None
+
+
+def build_folder(
+    model: Model, out: str | os.PathLike[str], wanted: Sequence[Wanted], engines: Engines | None = None
+) -> str:
+    """Build a deployable folder; it appears whole or not at all.
+
+    Args:
+        model: loaded from a folder, float32, with classes or without.
+        out: must not exist yet.
+        wanted: presets; the first is the default.
+        engines: also build engines.
+
+    Returns:
+        The SHA-256 of its description, ``built.json``: who names it to ``BuiltPipeline.load`` trusts the engines.
+
+    Raises:
+        PlanError: on presets that cannot be.
+        ArtifactError: if ``out`` exists, or an export or a build fails.
+    """
+    if model.folder is None:
+        raise ArtifactError("build needs a model that was loaded from a folder, so that its hash can be recorded")
+    if not wanted:
+        raise PlanError("a folder needs one preset or more")
+    with appearing(Path(out)) as root:
+        presets: dict[str, Preset] = {}
+        tables: dict[str, StepTable] = {}
+        for one in wanted:
+            name, preset, table = _preset(model, one)
+            if name in presets:
+                raise PlanError(f"preset {name!r} is asked for twice")
+            _graph(model, root / preset.graph, one, preset)
+            presets[name] = preset
+            if table is not None:
+                tables[name] = table
+        if tables:
+            write_tensors(root / TABLES, {name: table.values for name, table in tables.items()}, {"format": "pt"})
+        if engines is not None:
+            _build_engines(root, presets, engines, model.info.null_label is not None)
+        write_text(root / BUILT, json.dumps(_description(model, root, presets), indent=2) + "\n")
+        return sha256(root / BUILT)
+
+
+def _preset(model: Model, wanted: Wanted) -> tuple[str, Preset, StepTable | None]:
+    """Plan one way to draw."""
+    path, prediction = PATHS[model.info.path](), PREDICTIONS[model.info.prediction]
+    sampler = wanted.sampler or ("flow_map" if prediction.two_time else "dpmpp_2m")
+    steps = wanted.num_inference_steps or STEPS_OF.get(sampler, DEFAULT_STEPS)
+    strength = model.info.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale
+    if strength != 1 and model.info.null_label is None:
+        raise PlanError(f"guidance_scale is {strength:g}; this model has no null label, so 1 alone is allowed")
+    times = make_times(path, steps)
+    table = build(path, prediction, make_solver(sampler, {}), times, guidance=strength)
+    name = f"{sampler.replace(':', '-').replace(',', '-').replace('=', '')}-{steps}" + (
+        "-fused" if wanted.fused else ""
+    )
+    preset = Preset(
+        kind=FUSED if wanted.fused else STEPS,
+        graph=f"{name}.onnx" if wanted.fused else UNET,
+        sampler=sampler,
+        num_inference_steps=steps,
+        guidance_scale=float(strength),
+        scale=initial_scale(path, times[0]),
+        table=None if wanted.fused else to_json(table.structure),
+        plans={},
+    )
+    return name, preset, None if wanted.fused else table
+
+
+def _graph(model: Model, file: Path, wanted: Wanted, preset: Preset) -> None:
+    """Export what a preset runs, unless another preset has."""
+    if preset.kind == FUSED:
+        export_sampler(model, file, preset.num_inference_steps, preset.sampler, preset.guidance_scale)
+    elif not file.exists():
+        export_unet(model, file)
+
+
+def _build_engines(root: Path, presets: dict[str, Preset], engines: Engines, doubled: bool) -> None:
+    """Build an engine of every graph for every architecture, and note them in the presets."""
+    cache = engines.cache
+    for graph in sorted({preset.graph for preset in presets.values()}):
+        sharing = [preset for preset in presets.values() if preset.graph == graph]
+        # a guided row asks the network for both estimates at once
+        times = 2 if doubled and sharing[0].kind == STEPS else 1
+        bucket = bucket_of(root / graph, (engines.batch[0], engines.batch[1] * times, engines.batch[2] * times))
+        for group in [(name,) for name in engines.architectures] or [()]:
+            plan = cache.get(
+                root / graph, Recipe((bucket,), group, engines.refit), bars=engines.bars, cancelled=engines.cancelled
+            )
+            for here in cache.read(plan)[1].architectures:
+                target = root / here / f"{Path(graph).stem}.plan"
+                target.parent.mkdir(exist_ok=True)
+                shutil.copy(plan, target)
+                shutil.copy(manifest_of(plan), manifest_of(target))
+                for preset in sharing:
+                    preset.plans[here] = f"{here}/{target.name}"
+
+
+def bucket_of(graph: Path, batch: tuple[int, int, int]) -> Bucket:
+    """Return the bucket of a graph whose batch alone is free.
+
+    Raises:
+        PlanError: naming another dimension that is.
+    """
+    proto = onnx.load(graph, load_external_data=False)
+    names = {d.dim_param for entry in proto.graph.input for d in entry.type.tensor_type.shape.dim if d.dim_param}
+    for name in sorted(names - {"batch"}):
+        raise PlanError(f"{graph.name}: dimension {name!r} is free; give its sizes")
+    return {"batch": batch}
+
+
+def _description(model: Model, root: Path, presets: dict[str, Preset]) -> dict[str, Any]:
+    """What ``read_folder`` reads."""
+    config, info = model.network.config, model.info
+    assert model.folder is not None and config.sample_size is not None  # build_folder and the export saw to it
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return {
+        "format": FORMAT,
+        "model_sha256": fingerprint(model.folder),
+        "shape": [config.in_channels, config.sample_size, config.sample_size],
+        "crop": info.crop,
+        "classes": list(info.classes),
+        "null_label": info.null_label,
+        "labelled": config.num_class_embeds is not None,
+        "two_time": info.target is not None,
+        "presets": {name: asdict(preset) for name, preset in presets.items()},
+        "default": next(iter(presets)),
+        "files": {
+            path.relative_to(root).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files
+        },
+        "versions": {"fastdiff": metadata.version("fastdiff"), "torch": torch.__version__, "onnx": onnx.__version__},
+    }
+
+
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """Give a folder to fill; it takes its name when it is whole, and is gone if it fails.
+
+    Raises:
+        ArtifactError: if something has that name already.
+    """
+    if os.path.lexists(out):
+        raise ArtifactError(f"{out}: exists already; name another folder, or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    half = out.with_name(f".{out.name}.{os.getpid()}.part")
+    half.mkdir()
+    try:
+        yield half
+        half.rename(out)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
