@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,6 +60,8 @@ def start(folder: Path, graph: Path, number: int) -> Trial:
 
             PlanCache(folder, find_library("tensorrt_rtx"), builder).get(graph, recipe(number))
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     os.close(told)
@@ -67,8 +70,9 @@ def start(folder: Path, graph: Path, number: int) -> Trial:
 
 def finished(trial: Trial) -> int:
     """Wait for a build and return its exit code, negative for a signal."""
+    code = os.waitstatus_to_exitcode(os.waitpid(trial.pid, 0)[1])
     os.close(trial.stores)
-    return os.waitstatus_to_exitcode(os.waitpid(trial.pid, 0)[1])
+    return code
 
 
 def durations(folder: Path, graph: Path) -> tuple[float, float]:

@@ -246,10 +246,8 @@ def test_every_table_comes_back_from_disk(name):
     jumps = make_solver(name, {}).jumps
     prediction = PREDICTIONS["mean_velocity" if jumps else "velocity"]
     path = PATHS["straight"]()
-    try:
-        table = build_table(path, prediction, make_solver(name, {}), make_times(path, 4), guidance=2.0, clip=1.0)
-    except PlanError as error:
-        pytest.skip(f"does not run on the straight path: {error}")
+    times = make_times(path, 4, timesteps=[900.0, 600.0, 300.0])  # not from pure noise: one solver cannot start there
+    table = build_table(path, prediction, make_solver(name, {}), times, guidance=2.0, clip=1.0)
     back = from_json(json.loads(json.dumps(to_json(table.structure))), table.values, "test")
     assert back.structure == table.structure and torch.equal(back.values, table.values)
 
