@@ -266,3 +266,64 @@ def test_the_command_builds_and_the_next_one_draws(made, tmp_path, capsys, monke
     assert "--sampler is for models" in capsys.readouterr().err
     assert main(["generate", "--model", str(made[0]), "--preset", "x"]) == 2
     assert "--preset is for folders that fastdiff build made" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def with_engines(made, tmp_path_factory):
+    """The same with engines, made by TensorRT for RTX; whoever made them is a stranger here."""
+    pytest.importorskip("tensorrt_rtx", reason="builds need TensorRT for RTX (pip install 'fastdiff[tensorrt-rtx]')")
+    from fastdiff.backends.trt_library import find_library
+    from fastdiff.export.plan_cache import PlanCache
+
+    root = tmp_path_factory.mktemp("engines")
+    (root / "user").mkdir(mode=0o700)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTDIFF_CACHE", str(root / "user"))
+        patch.setattr(builder, "export_unet", lambda _, file: [shutil.copy(made[1] / n, file.with_name(n))
+                                                               for n in ("unet.onnx", "unet.onnx.json")])  # fmt: skip
+        cache = PlanCache(root / "plans", find_library("tensorrt_rtx"))
+        engines = builder.Engines(cache, ("sm86", "sm120"), batch=(1, 2, 4))
+        digest = build_folder(load_model(made[0]), root / "out", PRESETS[:2], engines)
+    return root, digest
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Loading goes as far as the library, which finds no driver."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
+
+
+def test_engines_lie_beside_the_graphs(with_engines):
+    from fastdiff.backends.plan_files import load_manifest
+
+    root, _ = with_engines
+    folder = read_folder(root / "out")
+    for preset in folder.presets.values():
+        assert preset.plans == {"sm86": "sm86/unet.plan", "sm120": "sm120/unet.plan"}
+    manifest = load_manifest(root / "out" / "sm86" / "unet.plan")
+    # guidance asks for both estimates at once, so twice the batch
+    assert manifest.profiles[0]["sample"] == [
+        [1, 1, 8, 8],
+        [4, 1, 8, 8],
+        [8, 1, 8, 8],
+    ]
+    assert manifest.graph["kind"] == "unet" and manifest.architectures == ("sm86",)
+    assert folder.file("sm86/unet.plan").is_file() and len(list((root / "plans").glob("*/model.plan"))) == 2
+
+
+def test_engines_of_a_stranger_need_trust(with_engines, gpu, tmp_path, monkeypatch):
+    root, digest = with_engines
+    (tmp_path / "user").mkdir(mode=0o700)
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "user"))
+    how = {"device": "cuda", "backend": "tensorrt"}
+    with pytest.raises(ArtifactError, match="was not sealed by this user's cache"):
+        BuiltPipeline.load(root / "out", **how)
+    with pytest.raises(BackendError, match="TensorRT for RTX refuses it: .*CUDA"):  # as far as it goes without a GPU
+        BuiltPipeline.load(root / "out", trust=digest, **how)
+    monkeypatch.setenv("FASTDIFF_CACHE", str(root / "user"))
+    with pytest.raises(BackendError, match="TensorRT for RTX refuses it"):
+        BuiltPipeline.load(root / "out", **how)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    with pytest.raises(BackendError, match="has engines for sm86, sm120; this GPU is sm90"):
+        BuiltPipeline.load(root / "out", **how)
