@@ -1,4 +1,4 @@
-"""What the layers of networks become: convolutions, products with weights, norms, attention, activations, resampling."""
+"""What the layers of networks become: convolutions, products with weights, norms, attention, activations, resizing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _after(size: Size, kernel: int, stride: int, padding: int) -> Size:
 
 @becomes(F.linear)
 def linear(x: Symbol, weight: Symbol, bias: Symbol | None = None) -> Symbol:
-    """A product with a matrix, which the file holds with its axes swapped; with an adapter, also that of its factors."""
+    """A product with a matrix, held with its axes swapped; with an adapter, also that of its factors."""
     x, graph = fitted(x, weight), weight.graph
     swapped = graph.weight(weight.weight.name, weight.weight.source, weight.dtype, weight.shape[::-1], swapped=True)
     shape = (*x.shape[:-1], weight.shape[0])

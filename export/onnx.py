@@ -31,6 +31,7 @@ from fastdiff.sampling.path import PATHS
 from fastdiff.sampling.prediction import PREDICTIONS
 from fastdiff.sampling.table import build
 
+HALVED = ("encoder_hidden_states", "timestep_cond")  # conditioning that a network computes with in its own type
 LARGE = 200_000_000  # parameters from which parity is measured at one size alone
 
 
@@ -55,6 +56,9 @@ class Options(NamedTuple):
     parity: bool = True
 
 
+USUAL = Options()
+
+
 class Part(NamedTuple):
     """One graph of an artifact and the name of its file."""
 
@@ -73,7 +77,7 @@ def export_unet(
     *,
     split: bool | None = None,
     control: bool = False,
-    options: Options = Options(),
+    options: Options = USUAL,
 ) -> Manifest:
     """Export the evaluation of a UNet; batch, height, width and the number of tokens are free.
 
@@ -100,9 +104,7 @@ def export_unet(
         ]
     else:
         parts = [Part(place.name, whole_graph(unet, target, options.dtype, control))]
-    original = Original(
-        unet, lambda given: _evaluate(unet, given), ("sample", "encoder_hidden_states", "timestep_cond")
-    )
+    original = Original(unet, lambda given: _evaluate(unet, given), ("sample", *HALVED))
     cases = _cases(model, control) if _measured(options) else {}
     kind = "step" if len(parts) == 2 else "unet"
     return finish(place, parts, kind, _identity(model), options, original, cases)
@@ -249,7 +251,7 @@ def export_sampler(
     guidance_scale: float | None = None,
     *,
     size: tuple[int, int] | None = None,
-    options: Options = Options(),
+    options: Options = USUAL,
 ) -> Manifest:
     """Export a whole sampler as one graph, for runtimes that only know how to run a graph.
 
@@ -287,7 +289,7 @@ def export_sampler(
     sides = size or (unet.config.sample_size or 0,) * 2
     graph = sampler_graph(unet, walk, target, options.dtype, sides)
     cases = {f"batch {batch}": _starts(unet, graph, batch) for batch in (1, 3)} if _measured(options) else {}
-    original = Original(unet, eagerly(unet, walk), ("encoder_hidden_states", NEGATIVE + "encoder_hidden_states"))
+    original = Original(unet, eagerly(unet, walk), (*HALVED, *(NEGATIVE + name for name in HALVED)))
     facts = {"name": name, "num_inference_steps": num_inference_steps, "guidance_scale": strength}
     place = Path(file)
     return finish(place, [Part(place.name, graph)], "sampler", _identity(model), options, original, cases, facts)

@@ -101,11 +101,8 @@ class TracedNetwork:
         label = prepared.cond.label
         if self.net.target is not None:
             extra["target"] = told[1:]
-        rows = self.net.time_rows(
-            self.net.embed(
-                as_symbol(x.graph, told[:1], torch.float32), None if label is None else label[:batch], **extra
-            )
-        )
+        time = as_symbol(x.graph, told[:1], torch.float32)
+        rows = self.net.time_rows(self.net.embed(time, None if label is None else label[:batch], **extra))
         contexts = [(keys[:batch], values[:batch]) for keys, values in prepared.contexts]
         seen = x if concat is None else torch.cat([x, concat], dim=1)
         return self.net.trunk(seen.to(self.dtype), rows, contexts).to(torch.float32)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """A value of a graph that behaves as a tensor does: torch's functions, called with it, add nodes instead of computing.
 
-This is torch's own protocol (``__torch_function__``), so the networks, the guidance and the loop are exported by running
+This is torch's own protocol (``__torch_function__``), so networks, guidance and the loop are exported by running
 them; no second description of them exists. What a function becomes is in ``operators.py``.
 """
 
