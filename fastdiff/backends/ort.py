@@ -38,6 +38,7 @@ def open_session(file: Path, device: torch.device, threads: int | None = None) -
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device.type]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3  # errors; it warns of every constant that it cannot fold
     if device.type == "cuda":
         onnxruntime.preload_dlls()
     session = onnxruntime.InferenceSession(str(file), options, providers=[provider])

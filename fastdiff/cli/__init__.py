@@ -108,7 +108,7 @@ def export(options: argparse.Namespace) -> int:
     report = {"file": str(options.out), "kind": manifest.kind, "inputs": manifest.inputs,
               "outputs": manifest.outputs, "parity": manifest.parity}  # fmt: skip
     lines = [f"{options.out}: {manifest.kind}, opset {manifest.opset}, checked against torch in float64:"]
-    lines += [f"  batch {b}: relative error {e['exported']:.1e} (torch float32: {e['torch']:.1e})"
+    lines += [f"  {b}: relative error {e['exported']:.1e} (torch float32: {e['torch']:.1e})"
               for b, e in manifest.parity.items()]  # fmt: skip
     show(options, report, "\n".join(lines))
     return 0
