@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import onnx
@@ -19,7 +20,7 @@ from fastdiff.backends.plan_files import manifest_of
 from fastdiff.built.folder import BUILT, FORMAT, FUSED, STEPS, TABLES, Preset
 from fastdiff.built.tables import to_json
 from fastdiff.errors import ArtifactError, PlanError
-from fastdiff.export.onnx import export_sampler, export_unet
+from fastdiff.export.onnx import Options, export_sampler, export_unet
 from fastdiff.export.plan_cache import PlanCache
 from fastdiff.export.tensorrt import Bucket, Recipe
 from fastdiff.models.files import sha256, write_tensors, write_text
@@ -44,7 +45,7 @@ class Wanted(NamedTuple):
 
 
 class Engines(NamedTuple):
-    """Which engines to build beside the graphs.
+    """Which engines to build beside the graphs, from graphs of their own that keep whole what TensorRT has kernels for.
 
     Args:
         cache: keeps them between builds; its library builds.
@@ -64,7 +65,11 @@ class Engines(NamedTuple):
 
 
 def build_folder(
-    model: Model, out: str | os.PathLike[str], wanted: Sequence[Wanted], engines: Engines | None = None
+    model: Model,
+    out: str | os.PathLike[str],
+    wanted: Sequence[Wanted],
+    engines: Engines | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> str:
     """Build a deployable folder; it appears whole or not at all.
 
@@ -73,6 +78,7 @@ def build_folder(
         out: must not exist yet.
         wanted: presets; the first is the default.
         engines: also build engines.
+        dtype: in which graphs and engines compute.
 
     Returns:
         The SHA-256 of its description, ``built.json``: who names it to ``BuiltPipeline.load`` trusts the engines.
@@ -85,6 +91,10 @@ def build_folder(
         raise ArtifactError("build needs a model that was loaded from a folder, so that its hash can be recorded")
     if not wanted:
         raise PlanError("a folder needs one preset or more")
+    if model.network.config.conditional or model.network.config.sample_size is None:
+        raise PlanError(
+            "a folder is built of a network without text, whose config has a sample_size; see fastdiff export"
+        )
     with appearing(Path(out)) as root:
         presets: dict[str, Preset] = {}
         tables: dict[str, StepTable] = {}
@@ -92,14 +102,15 @@ def build_folder(
             name, preset, table = _preset(model, one)
             if name in presets:
                 raise PlanError(f"preset {name!r} is asked for twice")
-            _graph(model, root / preset.graph, one, preset)
+            if not (root / preset.graph).exists():  # presets may share one
+                _export(model, root / preset.graph, preset, Options(dtype))
             presets[name] = preset
             if table is not None:
                 tables[name] = table
         if tables:
             write_tensors(root / TABLES, {name: table.values for name, table in tables.items()}, {"format": "pt"})
         if engines is not None:
-            _build_engines(root, presets, engines, model.info.null_label is not None)
+            _build_engines(model, root, presets, engines, dtype)
         write_text(root / BUILT, json.dumps(_description(model, root, presets), indent=2) + "\n")
         return sha256(root / BUILT)
 
@@ -130,46 +141,54 @@ def _preset(model: Model, wanted: Wanted) -> tuple[str, Preset, StepTable | None
     return name, preset, None if wanted.fused else table
 
 
-def _graph(model: Model, file: Path, wanted: Wanted, preset: Preset) -> None:
-    """Export what a preset runs, unless another preset has."""
+def _export(model: Model, file: Path, preset: Preset, options: Options) -> None:
+    """Export what a preset runs."""
     if preset.kind == FUSED:
-        export_sampler(model, file, preset.num_inference_steps, preset.sampler, preset.guidance_scale)
-    elif not file.exists():
-        export_unet(model, file)
+        export_sampler(model, file, preset.num_inference_steps, preset.sampler, preset.guidance_scale, options=options)
+    else:
+        export_unet(model, file, options=options)
 
 
-def _build_engines(root: Path, presets: dict[str, Preset], engines: Engines, doubled: bool) -> None:
+def _build_engines(model: Model, root: Path, presets: dict[str, Preset], engines: Engines, dtype: torch.dtype) -> None:
     """Build an engine of every graph for every architecture, and note them in the presets."""
-    cache = engines.cache
-    for graph in sorted({preset.graph for preset in presets.values()}):
-        sharing = [preset for preset in presets.values() if preset.graph == graph]
-        # a guided row asks the network for both estimates at once
-        times = 2 if doubled and sharing[0].kind == STEPS else 1
-        bucket = bucket_of(root / graph, (engines.batch[0], engines.batch[1] * times, engines.batch[2] * times))
-        for group in [(name,) for name in engines.architectures] or [()]:
-            plan = cache.get(
-                root / graph, Recipe((bucket,), group, engines.refit), bars=engines.bars, cancelled=engines.cancelled
-            )
-            for here in cache.read(plan)[1].architectures:
-                target = root / here / f"{Path(graph).stem}.plan"
-                target.parent.mkdir(exist_ok=True)
-                shutil.copy(plan, target)
-                shutil.copy(manifest_of(plan), manifest_of(target))
-                for preset in sharing:
-                    preset.plans[here] = f"{here}/{target.name}"
+    cache, target = engines.cache, "tensorrt-rtx" if engines.cache.library.rtx else "tensorrt"
+    for name in sorted({preset.graph for preset in presets.values()}):
+        sharing = [preset for preset in presets.values() if preset.graph == name]
+        with TemporaryDirectory() as scratch:
+            graph = Path(scratch) / name
+            _export(model, graph, sharing[0], Options(dtype, target))
+            # a guided row asks the network for both estimates at once
+            times = 2 if model.info.null_label is not None and sharing[0].kind == STEPS else 1
+            batch = engines.batch[0], engines.batch[1] * times, engines.batch[2] * times
+            bucket = bucket_of(graph, batch, model.network.config.sample_size or 0)
+            for group in [(each,) for each in engines.architectures] or [()]:
+                recipe = Recipe((bucket,), group, engines.refit)
+                plan = cache.get(graph, recipe, bars=engines.bars, cancelled=engines.cancelled)
+                for here in cache.read(plan)[1].architectures:
+                    _place(plan, root / here / f"{graph.stem}.plan")
+                    for preset in sharing:
+                        preset.plans[here] = f"{here}/{graph.stem}.plan"
 
 
-def bucket_of(graph: Path, batch: tuple[int, int, int]) -> Bucket:
-    """Return the bucket of a graph whose batch alone is free.
+def _place(plan: Path, target: Path) -> None:
+    """Copy an engine out of the cache, with its manifest."""
+    target.parent.mkdir(exist_ok=True)
+    shutil.copy(plan, target)
+    shutil.copy(manifest_of(plan), manifest_of(target))
+
+
+def bucket_of(graph: Path, batch: tuple[int, int, int], side: int) -> Bucket:
+    """Return the bucket of a graph for images of one size.
 
     Raises:
-        PlanError: naming another dimension that is.
+        PlanError: naming a dimension that is neither batch, height nor width.
     """
     proto = onnx.load(graph, load_external_data=False)
     names = {d.dim_param for entry in proto.graph.input for d in entry.type.tensor_type.shape.dim if d.dim_param}
-    for name in sorted(names - {"batch"}):
+    known = {"batch": batch, "height": (side,) * 3, "width": (side,) * 3}
+    for name in sorted(names - set(known)):
         raise PlanError(f"{graph.name}: dimension {name!r} is free; give its sizes")
-    return {"batch": batch}
+    return {name: known[name] for name in names}
 
 
 def _description(model: Model, root: Path, presets: dict[str, Preset]) -> dict[str, Any]:

@@ -102,6 +102,7 @@ def build_plan(
     """
     check(recipe, library)
     parsed = parse(library, file)
+    allow_decomposition(library, parsed.network)
     config = parsed.builder.create_builder_config()
     profiles = add_profiles(parsed, config, recipe.buckets)
     cache = _configure(library, config, recipe, timings)
@@ -120,6 +121,18 @@ def build_plan(
     inputs, outputs = signature(parsed.network)
     measured = None if cache is None else bytes(memoryview(cache.serialize()))
     return Built(bytes(memoryview(plan)), inputs, outputs, profiles, layers(parsed.network), measured)
+
+
+def allow_decomposition(library: Library, network: Any) -> None:
+    """Let every attention be computed by plain products where the library has no kernel of its own for it.
+
+    A graph that keeps ``Attention`` whole would otherwise fail to build for head sizes and types without one (float32).
+    """
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type.name == "ATTENTION_OUTPUT":
+            layer.__class__ = library.module.IAttentionOutputLayer
+            layer.attention.decomposable = True
 
 
 def check(recipe: Recipe, library: Library) -> None:

@@ -74,6 +74,8 @@ def write_model(repository: Path, name: str, file: Path, serving: Serving, versi
     half.mkdir(parents=True)
     try:
         shutil.copy(file, half / f"model{file.suffix}")
+        for beside in facts["files"]:  # weights of a large graph, which knows them by name
+            shutil.copy(file.with_name(beside), half / beside)
         write_text(half / "fastdiff.json", json.dumps(facts, indent=2) + "\n")
         write_text(place, config)
         half.rename(target)  # last: the server takes a version as soon as its folder is there
@@ -102,9 +104,8 @@ def _facts(file: Path, serving: Serving) -> dict[str, Any]:
         raise PlanError(f"{file}: allowed are {' and '.join(PLATFORMS)} files")
     if file.suffix == ".onnx":
         graph = load_graph_manifest(file)
-        kind, facts = graph.kind, {"inputs": graph.inputs, "outputs": graph.outputs, "sampler": graph.sampler}
-        if getattr(graph, "files", None):
-            raise PlanError(f"{file}: keeps weights in other files; export it in one piece for the server")
+        kind, facts = graph.kind, {"inputs": graph.inputs, "outputs": graph.outputs, "sampler": graph.sampler,
+                                    "files": sorted(graph.files)}  # fmt: skip
     else:
         plan = load_manifest(file)
         if plan.library != "tensorrt":
@@ -112,7 +113,7 @@ def _facts(file: Path, serving: Serving) -> dict[str, Any]:
         read_plan(file, library=plan.library, version=plan.version)
         _fits(file, plan, serving)
         kind, facts = plan.graph.get("kind"), {"inputs": plan.inputs, "outputs": plan.outputs,
-                                               "sampler": plan.graph.get("sampler", {})}  # fmt: skip
+                                               "sampler": plan.graph.get("sampler", {}), "files": []}  # fmt: skip
         facts["versions"] = {plan.library: plan.version, "gpu": ", ".join(plan.architectures)}
     if kind != "sampler":
         raise ArtifactError(f"{file}: holds a {kind}; a fused sampler is needed: fastdiff export --fuse-sampler N")

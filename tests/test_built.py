@@ -213,7 +213,6 @@ def test_a_failing_build_leaves_nothing_behind(made, tmp_path, monkeypatch, fail
     def fail(*_, **__):
         raise ArtifactError("it failed")
 
-    monkeypatch.setattr(builder, "export_unet", lambda _, file: shutil.copy(made[1] / "unet.onnx", file))
     monkeypatch.setattr(builder, failing, fail)
     with pytest.raises(ArtifactError, match="it failed"):
         build_folder(load_model(made[0]), tmp_path / "out", PRESETS[:1])
@@ -229,8 +228,7 @@ def test_a_failing_build_leaves_nothing_behind(made, tmp_path, monkeypatch, fail
         ([Wanted(2, "ddpm", fused=True)], "draws noise"),
     ],
 )
-def test_presets_that_cannot_be_are_refused(made, tmp_path, monkeypatch, wanted, says):
-    monkeypatch.setattr(builder, "export_unet", lambda _, file: shutil.copy(made[1] / "unet.onnx", file))
+def test_presets_that_cannot_be_are_refused(made, tmp_path, wanted, says):
     with pytest.raises(PlanError, match=says):
         build_folder(load_model(made[0]), tmp_path / "out", wanted)
     assert os.listdir(tmp_path) == []
@@ -252,9 +250,7 @@ def test_every_table_comes_back_from_disk(name):
     assert back.structure == table.structure and torch.equal(back.values, table.values)
 
 
-def test_the_command_builds_and_the_next_one_draws(made, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(builder, "export_unet", lambda _, file: [shutil.copy(made[1] / n, file.with_name(n))
-                                                                 for n in ("unet.onnx", "unet.onnx.json")])  # fmt: skip
+def test_the_command_builds_and_the_next_one_draws(made, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["build", "--model", str(made[0]), "--out", str(out), "--steps", "2", "3", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -279,8 +275,6 @@ def with_engines(made, tmp_path_factory):
     (root / "user").mkdir(mode=0o700)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTDIFF_CACHE", str(root / "user"))
-        patch.setattr(builder, "export_unet", lambda _, file: [shutil.copy(made[1] / n, file.with_name(n))
-                                                               for n in ("unet.onnx", "unet.onnx.json")])  # fmt: skip
         cache = PlanCache(root / "plans", find_library("tensorrt_rtx"))
         engines = builder.Engines(cache, ("sm86", "sm120"), batch=(1, 2, 4))
         digest = build_folder(load_model(made[0]), root / "out", PRESETS[:2], engines)

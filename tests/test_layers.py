@@ -30,7 +30,15 @@ ALLOWED: dict[str, set[str]] = {
     "integrations": {"errors", "kernels", "sampling", "models", "backends"},
     "images": {"errors"},
     "labels": {"errors"},
-    "built": {"errors", "sampling", "models", "backends", "images", "labels"},  # of models only the file helpers
+    "built": {
+        "errors",
+        "sampling",
+        "models",
+        "artifact",
+        "backends",
+        "images",
+        "labels",
+    },  # of models only the file helpers
     "text_to_image": {"errors", "kernels", "sampling", "models", "backends", "integrations", "images"},
     "pipeline": {
         "errors",

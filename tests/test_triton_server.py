@@ -211,16 +211,8 @@ def test_a_graph_of_one_evaluation_is_refused(sampler, tmp_path):
 
 
 def test_the_command_writes_a_repository(sampler, tmp_path, capsys):
-    from fastdiff.export import build as builder
-
-    def copied(_, file, *__):
-        shutil.copy(sampler[1], file)
-        shutil.copy(f"{sampler[1]}.json", f"{file}.json")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builder, "export_sampler", copied)
-        arguments = ["--model", str(sampler[0]), "--format", "triton-server", "--steps", "1", "--name", "digits"]
-        assert main(["build", *arguments, "--out", str(tmp_path / "repository")]) == 0
+    arguments = ["--model", str(sampler[0]), "--format", "triton-server", "--steps", "1", "--name", "digits"]
+    assert main(["build", *arguments, "--out", str(tmp_path / "repository")]) == 0
     assert "digits_flow_map-1" in capsys.readouterr().out
     assert read(tmp_path / "repository" / "digits_flow_map-1").max_batch_size == 8
     assert main(["build", *arguments, "--out", str(tmp_path / "x"), "--engine", "sm86"]) == 2

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.artifact import load_manifest
 from fastdiff.backends.ort import OrtNetwork, open_session
 from fastdiff.built.folder import FUSED, TABLES, Folder, Preset, read_folder
 from fastdiff.built.tables import from_json
@@ -138,7 +139,11 @@ class BuiltPipeline:
     def _open(self, preset: Preset) -> Any:
         if self.backend == "tensorrt":
             return self._engine(preset)
-        session = open_session(self.folder.file(preset.graph), self.device)
+        file, _ = self.folder.file(preset.graph), self.folder.file(f"{preset.graph}.json")
+        manifest = load_manifest(file)  # checks what lies beside the graph too
+        if manifest.dtype == "bfloat16" and self.device.type == "cpu":
+            raise BackendError(f"{file}: computes in bfloat16, which onnxruntime does not on a CPU: use its engines")
+        session = open_session(file, self.device)
         return FusedSession(session, self.device) if preset.kind == FUSED else OrtNetwork(session)
 
     def _engine(self, preset: Preset) -> Any:

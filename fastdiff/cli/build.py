@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff.cli.common import show
+from fastdiff.cli.generate import DTYPES
 from fastdiff.errors import BackendError, PlanError
 from fastdiff.models.weights import load_model
 from fastdiff.pipeline import resolve
@@ -42,6 +43,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--batch", type=int, nargs=3, default=(1, 1, 8), metavar=("MIN", "USUAL", "MAX"),
         help="numbers of images that engines are built for; MAX is also the server's largest batch (default: 1 1 8)",
     )  # fmt: skip
+    add("--dtype", default="float32", choices=sorted(DTYPES), help="in which graphs and engines compute")
     add("--refit", action="store_true", help="engines whose weights can be changed")
     add("--cache", type=Path, help="folder of engines built before (default: in the user's cache folder)")
     add("--name", help="name of the model in the repository (default: that of the model folder)")
@@ -60,7 +62,7 @@ def build(options: argparse.Namespace) -> int:
     engines = None if options.engine is None else _engines(options)
     if options.format == "triton-server":
         return _repository(options, wanted, engines)
-    digest = build_folder(load_model(resolve(options.model)), options.out, wanted, engines)
+    digest = build_folder(load_model(resolve(options.model)), options.out, wanted, engines, DTYPES[options.dtype])
     report = {"folder": str(options.out), "sha256": digest, "bytes": _size(options.out)}
     lines = [f"{options.out}: {_size(options.out) / 1e6:.1f} MB; run it with: fastdiff generate --model {options.out}"]
     if engines is not None:
@@ -98,7 +100,7 @@ def _repository(options: argparse.Namespace, wanted: Any, engines: Any) -> int:
     made: list[Path] = []
     with tempfile.TemporaryDirectory() as scratch, appearing(options.out) as repository:
         place = Path(scratch) / "built"
-        build_folder(load_model(folder), place, wanted, engines)
+        build_folder(load_model(folder), place, wanted, engines, DTYPES[options.dtype])
         for key, preset in read_folder(place).presets.items():
             name = f"{stem}_{key.removesuffix('-fused')}"
             made.append(write_model(repository, name, place / preset.graph, serving))
