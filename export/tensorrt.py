@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,10 +109,7 @@ def build_plan(
     cache = _configure(library, config, recipe, timings)
     monitor = make_monitor(library, bars=bars, cancelled=cancelled)
     config.progress_monitor = monitor
-    try:
-        plan = parsed.builder.build_serialized_network(parsed.network, config)
-    finally:
-        monitor.close()
+    plan = _interruptibly(lambda: parsed.builder.build_serialized_network(parsed.network, config), monitor)
     if monitor.failure is not None:
         raise monitor.failure
     if monitor.stopped:
@@ -121,6 +119,20 @@ def build_plan(
     inputs, outputs = signature(parsed.network)
     measured = None if cache is None else bytes(memoryview(cache.serialize()))
     return Built(bytes(memoryview(plan)), inputs, outputs, profiles, layers(parsed.network), measured)
+
+
+def _interruptibly(build: Callable[[], Any], monitor: Any) -> Any:
+    """Build in a thread of its own: Ctrl-C reaches the main thread alone, which must not sit in the library."""
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(build)
+        try:
+            return running.result()
+        except KeyboardInterrupt:
+            monitor.stopped = True  # the library asks after its next step
+            running.result()
+            raise
+        finally:
+            monitor.close()
 
 
 def allow_decomposition(library: Library, network: Any) -> None:

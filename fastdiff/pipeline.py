@@ -82,12 +82,11 @@ class Pipeline:
         controlnet: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
         variant: str | None = None,
         allow_pickle: bool = False,
-    ) -> Pipeline | TextToImage | BuiltPipeline:
+    ) -> Pipeline | TextToImage:
         """Load a model folder, a bundled model by name (``"digits"``), or a folder that diffusers saved.
 
         Args:
-            pretrained: the folder or the name. Text-to-image folders give a ``TextToImage``, those that ``fastdiff
-                build`` made a ``BuiltPipeline``, as ``from_built`` does.
+            pretrained: the folder or the name. Text-to-image folders give a ``TextToImage``.
             device: ``"cpu"`` or ``"cuda"``.
             dtype: what the network computes in; the loop itself is float32.
             backend: a name of ``fastdiff.backends.BACKENDS``.
@@ -102,9 +101,7 @@ class Pipeline:
         """
         folder = resolve(pretrained)
         if is_built(folder):
-            if artifact or controlnet or variant or allow_pickle or dtype != torch.float32:
-                raise PlanError(f"{folder}: was built; of all options it takes device and backend alone")
-            return cls.from_built(folder, device=device, backend="onnxruntime" if backend == "auto" else backend)
+            raise ArtifactError(f"{folder}: was made by fastdiff build; load it with Pipeline.from_built")
         if (folder / INDEX).exists() and not (folder / MANIFEST).exists():
             return cls._from_index(folder, device, dtype, backend, controlnet, variant, allow_pickle)
         model = load_model(folder, variant=variant, allow_pickle=allow_pickle)

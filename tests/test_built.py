@@ -133,7 +133,6 @@ def test_what_was_built_says_what_it_is(made):
     assert folder.shape == (1, 8, 8) and folder.classes == ("zero", "one", "two") and folder.null_label == 3
     assert set(folder.files) == {p.relative_to(made[1]).as_posix() for p in made[1].rglob("*") if p.is_file()} - {BUILT}
     assert made[2] == sha256(made[1] / BUILT)
-    assert isinstance(Pipeline.from_pretrained(made[1]), BuiltPipeline)
 
 
 def test_bad_requests_are_named(made, pipes):
@@ -148,9 +147,9 @@ def test_bad_requests_are_named(made, pipes):
         with pytest.raises(error, match=says):
             built(**{"class_labels": 1, **options})
     with pytest.raises(BackendError, match="backend is 'eager'; a built folder runs on: onnxruntime, tensorrt"):
-        Pipeline.from_pretrained(made[1], backend="eager")
-    with pytest.raises(PlanError, match="takes device and backend alone"):
-        Pipeline.from_pretrained(made[1], artifact="x.onnx")
+        Pipeline.from_built(made[1], backend="eager")
+    with pytest.raises(ArtifactError, match="load it with Pipeline.from_built"):
+        Pipeline.from_pretrained(made[1])
     with pytest.raises(BackendError, match="an engine runs on an NVIDIA GPU; device is 'cpu'"):
         Pipeline.from_built(made[1], backend="tensorrt")
 

@@ -114,15 +114,20 @@ def test_a_plan_of_another_length_is_refused(plan, spy, change):
     assert spy.reached == 0
 
 
-def test_a_plan_of_a_stranger_is_refused_until_its_hash_is_named(plan, user, spy):
+def test_a_plan_of_a_stranger_is_refused_until_its_manifest_is_named(plan, user, spy):
     (user / KEY_FILE).unlink()  # sealed by somebody else, as far as this user can tell
-    with pytest.raises(ArtifactError, match="was not sealed by this user's cache; refused, since a plan is code"):
-        load(plan)
+    name = sha256(manifest_of(plan))
+    for how in ({}, {"trusted": "0" * 64}, {"trusted": "\xe9"}, {"trusted": sha256(plan)}):
+        with pytest.raises(ArtifactError, match="was not sealed by this user's cache, nor is it one that is trusted"):
+            load(plan, **how)
+    whole = plan.read_bytes()
+    plan.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ArtifactError, match="not those its manifest describes"):
-        load(plan, trusted="0" * 64)
+        load(plan, trusted=name)
+    plan.write_bytes(whole)
     assert spy.reached == 0
     with pytest.raises(BackendError):
-        load(plan, trusted=sha256(plan))
+        load(plan, trusted=name)
     assert spy.reached == 1
 
 

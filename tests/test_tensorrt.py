@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import ml_dtypes
@@ -128,6 +130,26 @@ def test_a_build_can_be_cancelled_and_interrupted(graph):
 
     with pytest.raises(KeyboardInterrupt):
         build_plan(LIBRARY, graph, RECIPE, cancelled=interrupt)
+
+
+def test_ctrl_c_stops_a_build(tmp_path):
+    """At any moment: signals come to the main thread, whatever the library does in another."""
+    program = (
+        "import sys, pathlib\n"
+        "from fastdiff.backends.trt_library import find_library\n"
+        "from fastdiff.export import tensorrt\n"
+        "told = lambda: print('building', flush=True)\n"
+        "recipe = tensorrt.Recipe(({'batch': (1, 1, 1), 'height': (8, 8, 8), 'width': (8, 8, 8)},), ('sm86',))\n"
+        "tensorrt.build_plan(find_library('tensorrt_rtx'), pathlib.Path(sys.argv[1]), recipe, cancelled=told)\n"
+    )
+    file = tiny_graph(tmp_path / "x.onnx")
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "building\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert errors.rstrip().endswith("KeyboardInterrupt") and process.returncode != 0
 
 
 def test_a_build_shows_how_far_it_is(graph, capsys):

@@ -19,7 +19,7 @@ from typing import Any
 
 from fastdiff.errors import ArtifactError, BackendError
 from fastdiff.kernels.native import Unavailable, cache_folder
-from fastdiff.models.files import file_size, one_line, read_json, write_text
+from fastdiff.models.files import file_size, one_line, read_json, sha256, write_text
 
 KEY_FILE, KEY_BYTES = "plans.key", 32
 SEAL_BYTES = 64  # of a seal in hexadecimal
@@ -63,7 +63,7 @@ def seal_of(content: bytes) -> str:
 
 def is_sealed(content: bytes, seal: str) -> bool:
     """Did ``seal_of`` give this seal to this content?"""
-    return hmac.compare_digest(seal_of(content), seal if seal.isascii() else "")
+    return _same(seal_of(content), seal)
 
 
 def read_sealed(file: Path) -> bytes | None:
@@ -111,7 +111,8 @@ def load_manifest(file: Path) -> PlanManifest:
     if len(values) != len(fields(PlanManifest)):
         unknown = sorted(values.keys() - {each.name for each in fields(PlanManifest)})
         raise ArtifactError(f"{path}: unknown entry {unknown[0]!r}")
-    return PlanManifest(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    made: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return PlanManifest(**made)
 
 
 def read_plan(file: Path, *, library: str, version: str, trusted: str | None = None) -> tuple[bytes, PlanManifest]:
@@ -121,7 +122,8 @@ def read_plan(file: Path, *, library: str, version: str, trusted: str | None = N
         file: the plan; its manifest lies beside it.
         library: what is to run it.
         version: of that library: plans of another are stale.
-        trusted: SHA-256 of a plan made elsewhere, as its maker told it: it is taken without this user's seal.
+        trusted: SHA-256 of the manifest of a plan made elsewhere, as its maker told it: it is taken without this
+            user's seal.
 
     Returns:
         The bytes that were checked (the file is read once) and the manifest.
@@ -130,10 +132,10 @@ def read_plan(file: Path, *, library: str, version: str, trusted: str | None = N
         ArtifactError: if the plan has no manifest, was sealed by nobody here, is stale, or differs by one bit.
     """
     size, manifest = file_size(file), load_manifest(file)
-    if trusted is None and not _is_ours(manifest):
+    if not (_is_ours(manifest) if trusted is None else _same(sha256(manifest_of(file)), trusted)):
         raise ArtifactError(
-            f"{file}: its manifest was not sealed by this user's cache; refused, since a plan is code. "
-            f"Build it here, or trust it by name: its SHA-256, from whoever made it"
+            f"{file}: its manifest was not sealed by this user's cache, nor is it one that is trusted; refused, as a "
+            "plan is code. Build it here, or trust it: by the SHA-256 of its manifest, from whoever made it"
         )
     if (manifest.library, manifest.version) != (library, version):
         raise ArtifactError(
@@ -145,11 +147,14 @@ def read_plan(file: Path, *, library: str, version: str, trusted: str | None = N
         content = file.read_bytes()
     except (OSError, MemoryError) as error:
         raise ArtifactError(f"{file}: cannot be read ({one_line(error)})") from error
-    found = hashlib.sha256(content).hexdigest()
-    for wanted in (manifest.sha256, trusted or manifest.sha256):
-        if not hmac.compare_digest(found, wanted if wanted.isascii() else ""):
-            raise ArtifactError(f"{file}: its bytes are not those its manifest describes: build it again")
+    if not _same(hashlib.sha256(content).hexdigest(), manifest.sha256):
+        raise ArtifactError(f"{file}: its bytes are not those its manifest describes: build it again")
     return content, manifest
+
+
+def _same(ours: str, given: str) -> bool:
+    """Compare digests without telling by the time it takes where they differ."""
+    return hmac.compare_digest(ours.encode(), given.encode())
 
 
 def _is_ours(manifest: PlanManifest) -> bool:

@@ -152,7 +152,7 @@ def load_engine(file: Path, device: torch.device, trusted: str | None = None, li
     Args:
         file: the plan, its manifest beside it.
         device: a GPU.
-        trusted: SHA-256 of a plan that was made elsewhere; see ``read_plan``.
+        trusted: SHA-256 of the manifest of a plan that was made elsewhere; see ``read_plan``.
         library: who runs it; None: the one that made it.
 
     Raises:

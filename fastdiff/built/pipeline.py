@@ -17,7 +17,7 @@ from fastdiff.built.tables import from_json
 from fastdiff.errors import ArtifactError, BackendError, PlanError
 from fastdiff.images import Output, to_images
 from fastdiff.labels import check_labels
-from fastdiff.models.files import read_tensors
+from fastdiff.models.files import read_tensors, sha256
 from fastdiff.sampling.denoiser import Cond, Network
 from fastdiff.sampling.inpaint import check_image
 from fastdiff.sampling.loop import sample
@@ -154,7 +154,8 @@ class BuiltPipeline:
             built = ", ".join(preset.plans) or "no GPU"
             raise BackendError(f"{self.folder.root}: has engines for {built}; this GPU is {here}: use 'onnxruntime'")
         file = self.folder.file(preset.plans[here])
-        trusted = self.folder.files[preset.plans[here]]["sha256"] if self.folder.trusted else None
+        manifest = sha256(self.folder.file(f"{preset.plans[here]}.json"))
+        trusted = manifest if self.folder.trusted else None
         engine = load_engine(file, self.device, trusted)
         if preset.kind == FUSED:
             return lambda noise, label: engine(_feed(noise, label))["images"]
