@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import onnx
 import torch
 
+from fastdiff.artifact import load_manifest
 from fastdiff.backends.plan_files import manifest_of
 from fastdiff.built.folder import BUILT, FORMAT, FUSED, STEPS, TABLES, Preset
 from fastdiff.built.tables import to_json
@@ -170,11 +171,54 @@ def _build_engines(model: Model, root: Path, presets: dict[str, Preset], engines
                         preset.plans[here] = f"{here}/{graph.stem}.plan"
 
 
-def _place(plan: Path, target: Path) -> None:
+def build_graph(graph: Path, out: Path, buckets: Sequence[Bucket], engines: Engines) -> list[Path]:
+    """Build engines of a graph that ``fastdiff export`` wrote, and of the one beside it that runs once, if it has one.
+
+    Args:
+        graph: ONNX file.
+        out: gets ``<arch>/<graph>.plan``, each with its manifest.
+        buckets: sizes for every dimension that one of the graphs leaves free.
+        engines: how; their ``batch`` is not read.
+
+    Returns:
+        The plans.
+
+    Raises:
+        ArtifactError: if the graph is damaged, or a build fails.
+        PlanError: if a bucket names a dimension that no graph has, or lacks one.
+    """
+    manifest = load_manifest(graph)
+    graphs = [graph, *(graph.with_name(name) for name in sorted(manifest.files) if name.endswith(".onnx"))]
+    free = {place: free_dimensions(place) for place in graphs}
+    known = set().union(*free.values())
+    for bucket in buckets:
+        for strange in sorted(set(bucket) - known):
+            raise PlanError(f"a bucket bounds dimension {strange!r}; the graph's: {', '.join(sorted(known)) or 'none'}")
+    made = []
+    for place, names in free.items():
+        fitting = [{name: sizes for name, sizes in bucket.items() if name in names} for bucket in buckets]
+        distinct = tuple(each for i, each in enumerate(fitting) if each not in fitting[:i])
+        for group in [(each,) for each in engines.architectures] or [()]:
+            plan = engines.cache.get(
+                place, Recipe(distinct, group, engines.refit), bars=engines.bars, cancelled=engines.cancelled
+            )
+            for here in engines.cache.read(plan)[1].architectures:
+                made.append(_place(plan, out / here / f"{place.stem}.plan"))
+    return made
+
+
+def _place(plan: Path, target: Path) -> Path:
     """Copy an engine out of the cache, with its manifest."""
-    target.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(plan, target)
     shutil.copy(manifest_of(plan), manifest_of(target))
+    return target
+
+
+def free_dimensions(graph: Path) -> set[str]:
+    """Return the names of the dimensions that a graph leaves free."""
+    proto = onnx.load(graph, load_external_data=False)
+    return {d.dim_param for entry in proto.graph.input for d in entry.type.tensor_type.shape.dim if d.dim_param}
 
 
 def bucket_of(graph: Path, batch: tuple[int, int, int], side: int) -> Bucket:
@@ -183,8 +227,7 @@ def bucket_of(graph: Path, batch: tuple[int, int, int], side: int) -> Bucket:
     Raises:
         PlanError: naming a dimension that is neither batch, height nor width.
     """
-    proto = onnx.load(graph, load_external_data=False)
-    names = {d.dim_param for entry in proto.graph.input for d in entry.type.tensor_type.shape.dim if d.dim_param}
+    names = free_dimensions(graph)
     known = {"batch": batch, "height": (side,) * 3, "width": (side,) * 3}
     for name in sorted(names - set(known)):
         raise PlanError(f"{graph.name}: dimension {name!r} is free; give its sizes")

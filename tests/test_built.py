@@ -320,3 +320,29 @@ def test_engines_of_a_stranger_need_trust(with_engines, gpu, tmp_path, monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     with pytest.raises(BackendError, match="has engines for sm86, sm120; this GPU is sm90"):
         BuiltPipeline.load(root / "out", **how)
+
+
+def test_the_command_builds_engines_of_an_export(made, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("tensorrt_rtx", reason="builds need TensorRT for RTX (pip install 'fastdiff[tensorrt-rtx]')")
+    from fastdiff.backends.plan_files import load_manifest
+    from fastdiff.export.onnx import Options, export_unet
+
+    (tmp_path / "user").mkdir(mode=0o700)
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "user"))
+    file, out = tmp_path / "net.onnx", tmp_path / "out"
+    export_unet(load_model(made[0]), file, split=True, options=Options(target="tensorrt-rtx"))
+    command = ["build", "--graph", str(file), "--out", str(out), "--engine", "sm89", "--json"]
+    sizes = ["height=8:8:8", "width=8:8:8", "rows=1:4:20"]
+    assert main([*command, "--bucket", "batch=1:2:4", *sizes, "--bucket", "batch=8:8:8", *sizes]) == 0
+    assert json.loads(capsys.readouterr().out)["plans"] == ["sm89/net.plan", "sm89/net.prepare.plan"]
+    step, prepare = (load_manifest(out / "sm89" / f"{name}.plan") for name in ("net", "net.prepare"))
+    assert len(step.profiles) == 2 and len(prepare.profiles) == 1  # which has no batch
+    for wrong, says in (
+        (["--bucket", "batch=1:2"], "--bucket batch=1:2: allowed is DIM=MIN:USUAL:MAX"),
+        (["--bucket", "depth=1:2:3"], "bounds dimension 'depth'; the graph's: batch, height, rows, width"),
+        (["--bucket", "batch=1:2:3"], "does not bound dimension 'height'"),
+        ([], "--graph needs --engine, and one --bucket or more"),
+    ):
+        assert main([*command[:4], str(tmp_path / "other"), *command[5:], *wrong]) == 2
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

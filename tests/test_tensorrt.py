@@ -78,6 +78,17 @@ def test_one_plan_for_several_gpus_and_buckets(graph):
     assert [shapes["x"][2] for shapes in built.profiles] == [(4, 1, 16, 16), (2, 1, 64, 64)]
 
 
+@pytest.mark.filterwarnings("ignore:.*[Tt]iming cache:DeprecationWarning")
+def test_what_tensorrt_is_told_is_part_of_the_same_interface(graph):
+    """TensorRT itself is not here; its twin takes the calls that only TensorRT needs, and does nothing about them."""
+    twin = LIBRARY._replace(name="tensorrt")
+    recipe = Recipe((BUCKET,), optimization_level=1, workspace_bytes=1 << 28)
+    first = build_plan(twin, graph, recipe)
+    assert first.timings and build_plan(twin, graph, recipe, timings=first.timings).plan
+    with pytest.raises(PlanError, match="TensorRT builds for the GPU that is here: name none"):
+        build_plan(twin, graph, RECIPE)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -60,6 +60,7 @@ class Engine:
     ):
         self.library, self.engine, self.manifest, self.device, self.logger = library, engine, manifest, device, logger
         self.stream = stream or (lambda: int(torch.cuda.current_stream(device).cuda_stream))
+        self.inputs, self.outputs = manifest.inputs, manifest.outputs
         self.contexts: dict[tuple[int, int], Context] = {}
         self.lock = threading.Lock()
         self.kernels, self.runtime = kernels, runtime
@@ -68,13 +69,13 @@ class Engine:
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run once: inputs by name, on the device -> new output tensors, which the stream will have filled.
 
+        Inputs that the engine does not have are left out.
+
         Raises:
-            ShapeError: if no profile holds the shapes, or an input is missing, unknown or on another device.
+            ShapeError: if no profile holds the shapes, or an input is missing or on another device.
             BackendError: if the library refuses to run.
         """
-        ready = {name: self._ready(name, inputs) for name in self.manifest.inputs}
-        if len(inputs) != len(ready):
-            raise ShapeError(f"inputs are {', '.join(sorted(inputs))}; needed: {', '.join(ready)}")
+        ready = {name: self._ready(name, inputs) for name in self.inputs}
         stream, profile = self.stream(), self._profile(ready)
         held, fresh = self._context(stream, profile)
         with held.lock:
@@ -250,7 +251,9 @@ def load(model: Model, spec: Spec) -> TrtNetwork:
         raise ArtifactError("backend 'tensorrt' needs a model that was loaded from a folder")
     file = spec.artifact or model.folder / FILE
     if not file.exists():
-        raise ArtifactError(f"{file}: no such file; make it with: fastdiff build --model {model.folder} --engine ARCH")
+        raise ArtifactError(
+            f"{file}: no such file; fastdiff build --model {model.folder} --engine ARCH makes one: give it as artifact"
+        )
     graph = load_manifest(file).graph
     if graph.get("kind") != "unet":
         raise ArtifactError(f"{file}: holds a {graph.get('kind')}; the engine of a 'unet' export is needed here")

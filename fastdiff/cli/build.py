@@ -44,6 +44,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="numbers of images that engines are built for; MAX is also the server's largest batch (default: 1 1 8)",
     )  # fmt: skip
     add("--dtype", default="float32", choices=sorted(DTYPES), help="in which graphs and engines compute")
+    add("--graph", type=Path, metavar="FILE", help="build engines of this export, of any model, and nothing else")
+    add(
+        "--bucket", action="append", nargs="+", metavar="DIM=MIN:USUAL:MAX",
+        help="with --graph: sizes of what the export leaves free, as batch=1:2:4 height=64:64:128; may be repeated",
+    )  # fmt: skip
     add("--refit", action="store_true", help="engines whose weights can be changed")
     add("--cache", type=Path, help="folder of engines built before (default: in the user's cache folder)")
     add("--name", help="name of the model in the repository (default: that of the model folder)")
@@ -56,6 +61,10 @@ def build(options: argparse.Namespace) -> int:
         from fastdiff.export.build import Wanted, build_folder
     except ImportError as error:
         raise BackendError(f"build needs {error.name}: pip install 'fastdiff[onnx]'") from error
+    if options.graph is not None:
+        return _graph(options)
+    if options.bucket:
+        raise PlanError("--bucket belongs to --graph")
     fused = options.fuse or options.format == "triton-server"
     counts = options.steps or [None]
     wanted = [Wanted(steps, options.sampler, options.guidance_scale, fused) for steps in counts]
@@ -85,6 +94,33 @@ def _engines(options: argparse.Namespace) -> Any:
     quiet = options.json or not sys.stderr.isatty()
     batch = (options.batch[0], options.batch[1], options.batch[2])
     return Engines(PlanCache(place, library), tuple(options.engine), batch, options.refit, bars=not quiet)
+
+
+def _graph(options: argparse.Namespace) -> int:
+    from fastdiff.export.build import appearing, build_graph
+
+    if options.engine is None or not options.bucket:
+        raise PlanError("--graph needs --engine, and one --bucket or more")
+    buckets = [dict(map(read_bounds, given)) for given in options.bucket]
+    with appearing(options.out) as folder:
+        plans = [plan.relative_to(folder) for plan in build_graph(options.graph, folder, buckets, _engines(options))]
+    report = {"folder": str(options.out), "plans": [plan.as_posix() for plan in plans]}
+    show(options, report, "\n".join(f"{options.out / plan}" for plan in plans))
+    return 0
+
+
+def read_bounds(text: str) -> tuple[str, tuple[int, ...]]:
+    """Read ``batch=1:2:4``.
+
+    Raises:
+        PlanError: if it is not of that form.
+    """
+    name, _, sizes = text.partition("=")
+    try:
+        low, usual, high = map(int, sizes.split(":"))
+    except ValueError as error:
+        raise PlanError(f"--bucket {text}: allowed is DIM=MIN:USUAL:MAX, as batch=1:2:4") from error
+    return name, (low, usual, high)
 
 
 def _repository(options: argparse.Namespace, wanted: Any, engines: Any) -> int:
