@@ -241,3 +241,12 @@ def test_one_missing_library_is_one_line(monkeypatch):
     monkeypatch.setattr(trt_library.importlib, "import_module", broken)
     with pytest.raises(BackendError, match="TensorRT does not load: libnvinfer.so.11"):
         trt_library.find_library()
+
+
+def test_a_logger_tells_the_first_error_of_each_failure():
+    from fastdiff.backends.trt_library import make_logger
+
+    logger = make_logger(Library("tensorrt", Spy()))
+    for level, message in ((2, "a warning"), (1, "the cause\n of it"), (0, "what follows")):
+        logger.log(level, message)
+    assert [logger.said(), logger.said()] == ["the cause of it", "it gave no reason"]

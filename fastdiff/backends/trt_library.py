@@ -67,7 +67,8 @@ def make_logger(library: Library) -> Any:
                 self.errors.append(one_line(message, 400))
 
         def said(self) -> str:
-            """What went wrong, in the library's words: the first error, as those behind it follow from it."""
-            return self.errors[0] if self.errors else "it gave no reason"
+            """What went wrong since this was last asked: the first error, as those behind it follow from it."""
+            errors, self.errors = self.errors, []
+            return errors[0] if errors else "it gave no reason"
 
     return Errors()
