@@ -191,6 +191,10 @@ def change(folder: Path, edit) -> None:
         lambda v: v["presets"]["flow_map-3"]["table"]["rows"][0].update(x=[99]),
         lambda v: v["presets"]["flow_map-3"]["table"]["rows"][0].update(x=None),
         lambda v: v["presets"]["flow_map-3"]["table"]["rows"][0].update(guided={"projected": 1}),
+        lambda v: v["presets"]["flow_map-3"]["table"]["rows"][0].update(
+            guided=dict.fromkeys(("weak_noise", "rescaled", "optimal", "projected", "momentum"), True)
+        ),
+        lambda v: v["presets"]["flow_map-3"].update(sampler=1),
         lambda v: v["files"]["unet.onnx"].update(bytes="1"),
     ],
 )

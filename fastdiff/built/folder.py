@@ -131,12 +131,14 @@ def _check(folder: Folder) -> None:
     need(all(isinstance(name, str) for name in folder.classes), "classes", folder.classes)
     need(folder.null_label is None or whole(folder.null_label, 0, 1 << 31), "null_label", folder.null_label)
     need(type(folder.labelled) is bool and type(folder.two_time) is bool, "labelled", folder.labelled)
+    need(isinstance(folder.model_sha256, str), "model_sha256", folder.model_sha256)
     need(bool(folder.presets) and folder.default in folder.presets, "default", folder.default)
     for name, entry in folder.files.items():
         fits = entry.keys() == {"sha256", "bytes"} and isinstance(entry["sha256"], str) and type(entry["bytes"]) is int
         need(fits, f"files.{name}", entry)
     for name, preset in folder.presets.items():
         need(preset.kind in (STEPS, FUSED), f"{name}.kind", preset.kind)
+        need(isinstance(preset.sampler, str) and isinstance(preset.graph, str), f"{name}.sampler", preset.sampler)
         need((preset.table is None) == (preset.kind == FUSED), f"{name}.table", preset.kind)
         need(type(preset.scale) is float and math.isfinite(preset.scale), f"{name}.scale", preset.scale)
         need(all(isinstance(plan, str) for plan in preset.plans.values()), f"{name}.plans", preset.plans)

@@ -67,5 +67,7 @@ def _check(structure: Structure, numbers: Tensor) -> None:
             or type(row.push) not in (bool, type(None))
         ):
             raise ValueError(f"flags {flags}")
+        if row.guided is not None and row.guided.momentum and structure.momentum is not True:
+            raise ValueError("a row needs momentum that the table does not keep")
         if row.tail is not None and not 0 <= float(row.tail) <= 1:
             raise ValueError(f"tail {row.tail!r}")
