@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 DATA ?=
 OUT ?=
 
-.PHONY: demo test fast bench check-main check-samplers check-unets check-cpu lint report clean
+.PHONY: demo test fast bench check-main check-samplers check-unets check-cpu check-export lint report clean
 
 demo: $(STAMP)
 	$(BIN)/python -m fastdiff.benchmarks.demo
@@ -34,6 +34,10 @@ check-unets: $(STAMP)
 # QUICK=1: fewer rounds, no torch.compile. Needs 20 GB of memory: every runtime holds Stable Diffusion 1.5 at once.
 check-cpu: $(STAMP)
 	@$(BIN)/python -m fastdiff.benchmarks.check_cpu $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT))
+
+# QUICK=1: half the width. In full it needs 16 GB of memory: two runtimes hold Stable Diffusion 1.5 at once.
+check-export: $(STAMP)
+	@$(BIN)/python -m fastdiff.benchmarks.check_export $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT))
 
 lint: $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy

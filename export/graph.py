@@ -29,6 +29,7 @@ ONNX_TYPES = {
     torch.int64: TensorProto.INT64,
     torch.bool: TensorProto.BOOL,
 }
+OWN = "com.microsoft"  # the domain of onnxruntime's own operators
 BROADCAST = {"Add", "Sub", "Mul", "Div", "Max", "Min", "Equal", "Where", "Expand"}
 # how a weight of the file is named that is not held as the model holds it
 SWAPPED, COLUMN = "::T", "::column"
@@ -84,6 +85,7 @@ class Graph:
         self.adapters: dict[
             str, tuple[Symbol, Symbol]
         ] = {}  # weight -> its low-rank factors, where the caller gives them
+        self.wide: set[str] = set()  # layers that compute in float32 whatever the rest does
         self._scope: list[str] = []
         self._count: Counter[str] = Counter()
         self._homes: dict[Dim, tuple[str, int]] = {}  # a value with that size, and at which axis
@@ -170,6 +172,13 @@ class Graph:
         held = Weight(f"{weight.name}{COLUMN}", weight.source, weight.dtype, (*weight.shape, 1, 1))
         return Symbol(self, held.name, held.shape, held.dtype, held)
 
+    def part(self, value: Symbol, start: int, stop: int) -> Symbol:
+        """Some of the first axis of a weight, as a weight."""
+        weight = value.weight
+        return self.weight(
+            f"{weight.name}[{start}:{stop}]", weight.source[start:stop], value.dtype, (stop - start, *value.shape[1:])
+        )
+
     @staticmethod
     def onnx_type(dtype: torch.dtype) -> int:
         """ONNX's number for a type."""
@@ -215,6 +224,11 @@ class Graph:
         finally:
             self._scope.pop()
 
+    @property
+    def here(self) -> str:
+        """The layer that we are in."""
+        return self._scope[-1] if self._scope else ""
+
     def enter(self, name: str) -> None:
         """Enter a layer; ``leave`` ends it."""
         self._scope.append(name)
@@ -239,6 +253,8 @@ class Graph:
         )
         opset = [helper.make_opsetid("", self.target.opset)]
         version = helper.find_min_ir_version_for(opset)
+        if any(node.domain == OWN for node in nodes):
+            opset.append(helper.make_opsetid(OWN, 1))
         model = helper.make_model(body, opset_imports=opset, ir_version=version, producer_name="fastdiff")
         helper.set_model_props(model, dict(facts))
         return model

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdiff.export.networks import embedded, tokens_width
 from fastdiff.models.config import UNetConfig
-from fastdiff.models.unet import UNet
+from fastdiff.models.unet import Encoder, UNet
 from fastdiff.sampling.path import Path
 from fastdiff.sampling.prediction import Prediction
 
@@ -18,7 +18,7 @@ MOST_SIDE = 32  # float64 attention over the pixels of larger latents takes giga
 Inputs = dict[str, Tensor]
 
 
-def conditioning(unet: UNet, batch: int, seed: int) -> Inputs:
+def conditioning(unet: Encoder, batch: int, seed: int) -> Inputs:
     """Labels, tokens, pooled text and sizes for ``batch`` images, under the names of the graphs' inputs.
 
     Tokens are normal: text encoders end with a norm.

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from fastdiff.errors import PlanError
 from fastdiff.export.dims import Size
+from fastdiff.export.graph import OWN
 from fastdiff.export.operators import as_symbol, binary, cast, permute, reshape
+from fastdiff.export.ranges import LOGITS
 from fastdiff.export.symbol import Symbol, becomes
 
 
@@ -57,42 +59,74 @@ def linear(x: Symbol, weight: Symbol, bias: Symbol | None = None) -> Symbol:
         down, up = adapter
         low = graph.node("MatMul", [x, down], (*x.shape[:-1], down.shape[1]), x.dtype)
         made = made + graph.node("MatMul", [low, up], shape, x.dtype)
-    return made if bias is None else made + bias  # type: ignore[no-any-return]
+    made = made if bias is None else made + bias
+    if graph.target.own and adapter is None:
+        made.parts = lambda start, stop: linear(
+            x, graph.part(weight, start, stop), bias and graph.part(bias, start, stop)
+        )
+    return made  # type: ignore[no-any-return]
 
 
 @becomes(F.group_norm)
 def group_norm(x: Symbol, groups: int, weight: Symbol, bias: Symbol, eps: float) -> Symbol:
     """Statistics are float32 whatever ``x`` is: sums over half a million numbers overflow float16."""
-    x, graph = fitted(x, weight), x.graph
+    graph, result = x.graph, weight.dtype
+    x, weight, bias = _widest(x, weight, bias)
     if graph.target.group_norm:
         inputs = [x, weight, bias]
-        return graph.node("GroupNormalization", inputs, x.shape, x.dtype, num_groups=groups, epsilon=eps)  # type: ignore[no-any-return]
+        return cast(graph.node("GroupNormalization", inputs, x.shape, x.dtype, num_groups=groups, epsilon=eps), result)
     wide = cast(x, torch.float32)
     rows = reshape(wide, x.shape[0], groups, -1)
     ones = graph.constant(torch.ones(groups))
     zeros = graph.constant(torch.zeros(groups))
     normal = graph.node("InstanceNormalization", [rows, ones, zeros], rows.shape, torch.float32, epsilon=eps)
     y = cast(reshape(normal, *x.shape), x.dtype)
-    return y * graph.column(weight) + graph.column(bias)  # type: ignore[no-any-return]
+    return cast(y * graph.column(weight) + graph.column(bias), result)
+
+
+def _widest(x: Symbol, weight: Symbol, bias: Symbol) -> tuple[Symbol, Symbol, Symbol]:
+    """What a norm reads, of one type: what was kept in float32 is brought back to a range for less behind the norm."""
+    if x.dtype != torch.float32 or weight.dtype == torch.float32:
+        return fitted(x, weight), weight, bias
+    parts = (x.graph.weight(p.weight.name, p.weight.source, torch.float32, p.shape) for p in (weight, bias))
+    return x, *parts
 
 
 @becomes(F.layer_norm)
 def layer_norm(x: Symbol, size: Any, weight: Symbol, bias: Symbol, eps: float = 1e-5) -> Symbol:
     """Over the last axis; its statistics are float32 by the operator's own definition."""
-    x = fitted(x, weight)
-    return x.graph.node("LayerNormalization", [x, weight, bias], x.shape, x.dtype, axis=-1, epsilon=eps)  # type: ignore[no-any-return]
+    result = weight.dtype
+    x, weight, bias = _widest(x, weight, bias)
+    return cast(x.graph.node("LayerNormalization", [x, weight, bias], x.shape, x.dtype, axis=-1, epsilon=eps), result)
 
 
 @becomes(F.scaled_dot_product_attention)
 def attention(q: Symbol, k: Symbol, v: Symbol) -> Symbol:
     """``[N, heads, L, d]`` and ``[N, heads, M, d]`` twice; the queries are scaled first, so that less overflows."""
+    if q.dtype != torch.float32 and f"{q.graph.here}.{LOGITS}" in q.graph.wide:
+        return cast(attention(*(cast(part, torch.float32) for part in (q, k, v))), q.dtype)
+    k, v = cast(k, q.dtype), cast(v, q.dtype)
     graph, shape, scale = q.graph, (*q.shape[:-1], v.shape[-1]), 1 / math.sqrt(int(q.shape[-1]))  # type: ignore[arg-type]
     if graph.target.attention:
         return graph.node("Attention", [q, k, v], shape, q.dtype, scale=scale)  # type: ignore[no-any-return]
+    if graph.target.own:
+        return _fused_attention(q, k, v, scale)
     keys = permute(k, 0, 1, 3, 2)
     logits = graph.node("MatMul", [q * scale, keys], (*q.shape[:-1], k.shape[2]), q.dtype)
     shares = graph.node("Softmax", [logits], logits.shape, q.dtype, axis=-1)
     return graph.node("MatMul", [shares, v], shape, q.dtype)  # type: ignore[no-any-return]
+
+
+def _fused_attention(q: Symbol, k: Symbol, v: Symbol, scale: float) -> Symbol:
+    """Onnxruntime's own operator, which never holds all logits; it reads and writes ``[N, L, heads * d]``."""
+    heads, together = int(q.shape[1]), []  # type: ignore[arg-type]
+    for part in (q, k, v):
+        rows = permute(part, 0, 2, 1, 3)
+        together.append(reshape(rows, *rows.shape[:2], heads * int(rows.shape[3])))  # type: ignore[arg-type]
+    shape = (*together[0].shape[:2], together[2].shape[2])
+    how = {"num_heads": heads, "scale": scale, "domain": OWN}
+    mixed = q.graph.node("MultiHeadAttention", together, shape, q.dtype, **how)
+    return permute(reshape(mixed, *shape[:2], heads, -1), 0, 2, 1, 3)
 
 
 @becomes(F.embedding)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from fastdiff.export import layers as _layers  # noqa: F401  (what layers become is registered when it is imported)
 from fastdiff.export import operators as _operators  # noqa: F401
@@ -16,7 +15,8 @@ from fastdiff.export.symbol import Symbol
 from fastdiff.export.targets import Target
 from fastdiff.export.trace import stand_in
 from fastdiff.models.config import UNetConfig
-from fastdiff.models.unet import UNet
+from fastdiff.models.controlnet import ControlNet
+from fastdiff.models.unet import Encoder, UNet
 
 BATCH, ROWS, HEIGHT, WIDTH, TOKENS = (Dim.of(name) for name in ("batch", "rows", "height", "width", "tokens"))
 
@@ -28,7 +28,7 @@ class Given(NamedTuple):
     dtype: torch.dtype
 
 
-def embedded(unet: UNet) -> dict[str, Given]:
+def embedded(unet: Encoder) -> dict[str, Given]:
     """What becomes part of the time embedding, by name, ``timestep`` first."""
     config = unet.config
     found = {"timestep": Given((), torch.float32)}
@@ -63,7 +63,8 @@ def _tokens(graph: Graph, config: UNetConfig) -> Symbol:
     return graph.input("encoder_hidden_states", (BATCH, TOKENS, tokens_width(config)), torch.float32)
 
 
-def _image(graph: Graph, config: UNetConfig) -> Symbol:
+def image_input(graph: Graph, config: UNetConfig) -> Symbol:
+    """Declare what the network looks at, ``[batch, C, height, width]``."""
     return graph.input("sample", (BATCH, config.in_channels, HEIGHT, WIDTH), torch.float32)
 
 
@@ -87,11 +88,13 @@ def _control(graph: Graph, unet: UNet, dtype: torch.dtype) -> list[Symbol]:
     return [graph.input(name, shape, dtype) for name, shape in zip(names, shapes, strict=True)]
 
 
-def whole_graph(unet: UNet, target: Target, dtype: torch.dtype, control: bool = False) -> Graph:
+def whole_graph(
+    unet: UNet, target: Target, dtype: torch.dtype, control: bool = False, wide: Collection[str] = ()
+) -> Graph:
     """One evaluation, from what diffusers' UNets are given."""
     graph = Graph("unet", target)
-    net = stand_in(unet, graph, dtype)
-    given: dict[str, Any] = {"sample": _image(graph, unet.config).to(dtype)}
+    net = stand_in(unet, graph, dtype, wide)
+    given: dict[str, Any] = {"sample": image_input(graph, unet.config).to(dtype)}
     given |= _declared(graph, embedded(unet), BATCH)
     if unet.config.conditional:
         given["encoder_hidden_states"] = _tokens(graph, unet.config).to(dtype)
@@ -101,13 +104,13 @@ def whole_graph(unet: UNet, target: Target, dtype: torch.dtype, control: bool = 
     return graph
 
 
-def prepare_graph(unet: UNet, target: Target, dtype: torch.dtype) -> Graph:
+def prepare_graph(unet: Encoder, target: Target, dtype: torch.dtype, wide: Collection[str] = ()) -> Graph:
     """What does not change from step to step: time rows ``[rows, P]``, and keys and values of the text.
 
     Times, labels and sizes have an axis of their own: a run has few different ones, however many images it draws.
     """
     graph = Graph("prepare", target)
-    net = stand_in(unet, graph, dtype)
+    net = stand_in(unet, graph, dtype, wide)
     given: dict[str, Any] = dict(_declared(graph, embedded(unet), ROWS))
     rows = net.time_rows(net.embed(**given))
     graph.output("time_rows", rows.to(dtype))
@@ -116,10 +119,17 @@ def prepare_graph(unet: UNet, target: Target, dtype: torch.dtype) -> Graph:
         for i, (keys, values) in enumerate(pairs):
             graph.output(f"keys_{i}", keys)  # type: ignore[arg-type]
             graph.output(f"values_{i}", values)  # type: ignore[arg-type]
+    if isinstance(net, ControlNet):
+        reads = net.controlnet_cond_embedding
+        grown = 2 ** (len(reads.blocks) // 2)
+        shape = (BATCH, reads.conv_in.in_channels, HEIGHT * grown, WIDTH * grown)
+        hint: Any = net.hint(graph.input("picture", shape, torch.float32).to(dtype))
+        graph.output("hint", hint)
     return graph
 
 
-def _pairs(graph: Graph, unet: UNet, dtype: torch.dtype) -> list[tuple[Symbol, Symbol]]:
+def pair_inputs(graph: Graph, unet: Encoder, dtype: torch.dtype) -> list[tuple[Symbol, Symbol]]:
+    """Declare keys and values of the text, ``[batch, heads, tokens, d]`` each, for every attention that reads them."""
     pairs = []
     for i, attention in enumerate(unet.crossing()):
         heads, width = attention.heads, attention.to_k.out_features
@@ -128,17 +138,16 @@ def _pairs(graph: Graph, unet: UNet, dtype: torch.dtype) -> list[tuple[Symbol, S
     return pairs
 
 
-def step_graph(unet: UNet, target: Target, dtype: torch.dtype, control: bool = False) -> Graph:
+def step_graph(
+    unet: UNet, target: Target, dtype: torch.dtype, control: bool = False, wide: Collection[str] = ()
+) -> Graph:
     """What runs at every step: ``UNet.trunk``, from what ``prepare_graph`` gives."""
     graph = Graph("step", target)
-    net = stand_in(unet, graph, dtype)
-    x = _image(graph, unet.config).to(dtype)
+    net = stand_in(unet, graph, dtype, wide)
+    x = image_input(graph, unet.config).to(dtype)
     rows = graph.input("time_rows", (BATCH, unet.row_width()), dtype)
-    pairs: Sequence[Any] = _pairs(graph, unet, dtype) if unet.config.conditional else ()
+    pairs: Sequence[Any] = pair_inputs(graph, unet, dtype) if unet.config.conditional else ()
     residuals: Sequence[Any] = _control(graph, unet, dtype) if control else ()
     y: Any = net.trunk(x, rows, pairs, residuals)  # type: ignore[arg-type]
     graph.output("output", y.to(torch.float32))
     return graph
-
-
-__all__ = ["Given", "Tensor", "embedded", "prepare_graph", "step_graph", "whole_graph"]

@@ -20,6 +20,8 @@ from fastdiff.export.graph import Graph
 from fastdiff.export.latents import conditioning, on_the_way, side_of
 from fastdiff.export.networks import prepare_graph, step_graph, whole_graph
 from fastdiff.export.parity import Exported, Inputs, Original, compare, table
+from fastdiff.export.ranges import Ranges, ranges, too_large
+from fastdiff.export.ranges import report as range_report
 from fastdiff.export.sampler import NEGATIVE, Walk, eagerly, sampler_graph
 from fastdiff.export.targets import target_of
 from fastdiff.export.write import check, write_graph
@@ -28,7 +30,8 @@ from fastdiff.models.unet import UNet
 from fastdiff.models.weights import Model, fingerprint, weights_hash
 from fastdiff.sampling.parts import initial_scale, make_solver, make_times
 from fastdiff.sampling.path import PATHS
-from fastdiff.sampling.prediction import PREDICTIONS
+from fastdiff.sampling.path import Path as NoisePath
+from fastdiff.sampling.prediction import PREDICTIONS, Prediction
 from fastdiff.sampling.table import build
 
 HALVED = ("encoder_hidden_states", "timestep_cond")  # conditioning that a network computes with in its own type
@@ -57,6 +60,7 @@ class Options(NamedTuple):
 
 
 USUAL = Options()
+Trained = tuple[NoisePath, Prediction]
 
 
 class Part(NamedTuple):
@@ -77,6 +81,7 @@ def export_unet(
     *,
     split: bool | None = None,
     control: bool = False,
+    trained: Trained | None = None,
     options: Options = USUAL,
 ) -> Manifest:
     """Export the evaluation of a UNet; batch, height, width and the number of tokens are free.
@@ -87,6 +92,7 @@ def export_unet(
         split: two graphs: ``<file>`` runs at every step, ``<stem>.prepare.onnx`` once for a run: keys and values of
             the text, and the projections of all times. None: for networks that read text.
         control: take the residuals of ControlNets as inputs.
+        trained: path and prediction, where the names of ``model.info`` do not say it.
         options: how.
 
     Returns:
@@ -97,27 +103,37 @@ def export_unet(
         ArtifactError: if a graph is not valid or does not reproduce the original.
     """
     unet, target, place = model.network, target_of(options.target, options.opset, options.dtype), Path(file)
+    cases = _cases(unet, trained or meaning(model), control) if measured(options) else {}
+    found = ranges_of(unet, cases, options)
+    wide = too_large(found)
     if model.network.config.conditional if split is None else split:
         parts = [
-            Part(prepare_name(place), prepare_graph(unet, target, options.dtype)),
-            Part(place.name, step_graph(unet, target, options.dtype, control)),
+            Part(prepare_name(place), prepare_graph(unet, target, options.dtype, wide)),
+            Part(place.name, step_graph(unet, target, options.dtype, control, wide)),
         ]
     else:
-        parts = [Part(place.name, whole_graph(unet, target, options.dtype, control))]
+        parts = [Part(place.name, whole_graph(unet, target, options.dtype, control, wide))]
     original = Original(unet, lambda given: _evaluate(unet, given), ("sample", *HALVED))
-    cases = _cases(model, control) if _measured(options) else {}
     kind = "step" if len(parts) == 2 else "unet"
-    return finish(place, parts, kind, _identity(model), options, original, cases)
+    return finish(place, parts, kind, _identity(model), options, original, cases, found=found)
 
 
-def _evaluate(unet: UNet, given: Inputs) -> torch.Tensor:
+def ranges_of(unet: UNet, cases: Mapping[str, Inputs], options: Options) -> Ranges:
+    """How large numbers get, where the type of the graph makes that a question."""
+    if options.dtype != torch.float16 or not cases:
+        return {}
+    return ranges(unet, lambda given: _evaluate(unet, given), next(iter(cases.values())))
+
+
+def _evaluate(unet: UNet, given: Inputs) -> dict[str, torch.Tensor]:
     names = [name for name in given if name.startswith("control_")]
     rest = {name: value for name, value in given.items() if name not in names}
     dtype = rest["sample"].dtype
-    return unet(**rest, control=[given[name].to(dtype) for name in names])
+    return {"output": unet(**rest, control=[given[name].to(dtype) for name in names])}
 
 
-def _measured(options: Options) -> bool:
+def measured(options: Options) -> bool:
+    """Is the error of these graphs measured?"""
     return options.parity and options.dtype != torch.bfloat16
 
 
@@ -125,12 +141,17 @@ def _identity(model: Model) -> str:
     return weights_hash(model.network) if model.folder is None else fingerprint(model.folder)
 
 
-def _cases(model: Model, control: bool) -> dict[str, Inputs]:
+def meaning(model: Model) -> Trained:
+    """What a model was trained on and predicts."""
+    return PATHS[model.info.path](), PREDICTIONS[model.info.prediction]
+
+
+def _cases(unet: UNet, trained: Trained, control: bool) -> dict[str, Inputs]:
     """Batches and sizes to measure at, none of which the graph was told."""
-    unet, info = model.network, model.info
-    path, prediction = PATHS[info.path](), PREDICTIONS[info.prediction]
+    path, prediction = trained
     side = side_of(unet.config)
-    sizes = [(1, (side, side)), (2, (side, max(side // 2, 1))), (3, (max(side // 2, 1), side))]
+    half = max(side // 2, 2 ** (len(unet.config.block_out_channels) - 1))
+    sizes = [(1, (side, side)), (2, (side, half)), (3, (half, side))]
     if sum(parameter.numel() for parameter in unet.parameters()) > LARGE:
         sizes = sizes[:1]
     cases = {
@@ -167,6 +188,7 @@ def finish(
     original: Original,
     cases: Mapping[str, Inputs],
     facts: Mapping[str, Any] | None = None,
+    found: Ranges | None = None,
 ) -> Manifest:
     """Write, check and measure graphs, and let them and their manifest appear."""
     with _apart(file) as folder:
@@ -192,6 +214,7 @@ def finish(
             versions={"fastdiff": version("fastdiff"), "onnx": onnx.__version__},
             sampler=dict(facts or {}),
             parity=report,
+            ranges=range_report(found) if found else {},
             dtype=str(options.dtype).removeprefix("torch."),
             target=options.target,
             files={path.name: sha256(path) for path in written if path.name != file.name},
@@ -251,6 +274,7 @@ def export_sampler(
     guidance_scale: float | None = None,
     *,
     size: tuple[int, int] | None = None,
+    trained: Trained | None = None,
     options: Options = USUAL,
 ) -> Manifest:
     """Export a whole sampler as one graph, for runtimes that only know how to run a graph.
@@ -266,6 +290,7 @@ def export_sampler(
         sampler: a deterministic one; by default ``flow_map`` for flow maps, else ``dpmpp_2m``.
         guidance_scale: by default the model's own.
         size: height and width; the model's own unless given.
+        trained: as for ``export_unet``.
         options: how.
 
     Raises:
@@ -277,7 +302,7 @@ def export_sampler(
         raise PlanError(f"num_inference_steps is {num_inference_steps}; allowed: 1 to 1000, unrolled into one graph")
     if size is None and unet.config.sample_size is None:
         raise PlanError("config.json of this model has no sample_size: give size")
-    path, prediction = PATHS[info.path](), PREDICTIONS[info.prediction]
+    path, prediction = trained or meaning(model)
     name = sampler or ("flow_map" if prediction.two_time else "dpmpp_2m")
     strength = info.guidance_scale if guidance_scale is None else guidance_scale
     times = make_times(path, num_inference_steps)
@@ -288,7 +313,7 @@ def export_sampler(
     walk = Walk(steps, initial_scale(path, times[0]), info.null_label, info.crop if images else 0, images)
     sides = size or (unet.config.sample_size or 0,) * 2
     graph = sampler_graph(unet, walk, target, options.dtype, sides)
-    cases = {f"batch {batch}": _starts(unet, graph, batch) for batch in (1, 3)} if _measured(options) else {}
+    cases = {f"batch {batch}": _starts(unet, graph, batch) for batch in (1, 3)} if measured(options) else {}
     original = Original(unet, eagerly(unet, walk), (*HALVED, *(NEGATIVE + name for name in HALVED)))
     facts = {"name": name, "num_inference_steps": num_inference_steps, "guidance_scale": strength}
     place = Path(file)

@@ -306,6 +306,8 @@ def reshape(x: Symbol, *sizes: Any) -> Symbol:
     shape = _completed(x.shape, given)
     if shape == x.shape:
         return x
+    if x.folded is not None and x.folded.shape == shape:
+        return x.folded
     if x.known is not None:
         held = [size if isinstance(size, int) and size <= x.known.numel() else 1 for size in shape]
         return repeated(x.graph.constant(x.known.reshape(held)), shape)
@@ -317,8 +319,9 @@ def reshape(x: Symbol, *sizes: Any) -> Symbol:
     open_ones = [i for i, size in enumerate(plain) if isinstance(size, Dim)]
     if len(open_ones) == 1:
         plain[open_ones[0]] = -1
-    target = x.graph.sizes(plain)
-    return x.graph.node("Reshape", [x, target], shape, x.dtype)  # type: ignore[no-any-return]
+    made = x.graph.node("Reshape", [x, x.graph.sizes(plain)], shape, x.dtype)
+    made.folded = x
+    return made  # type: ignore[no-any-return]
 
 
 @becomes(method="view")
@@ -414,6 +417,8 @@ def sliced(x: Symbol, axis: int, start: Size, stop: Size) -> Symbol:
     if size == x.shape[axis]:
         return x
     graph = x.graph
+    if x.parts is not None and axis == x.dim() - 1 and isinstance(start, int) and isinstance(stop, int):
+        return x.parts(start, stop)
     if x.known is not None and x.known.shape[axis] == 1:
         return repeated(x, shape)
     if x.known is not None and isinstance(start, int) and isinstance(stop, int):

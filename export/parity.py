@@ -11,7 +11,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from fastdiff.backends.ort import open_session
+from fastdiff.backends.ort_session import open_session
 from fastdiff.errors import ArtifactError
 from fastdiff.export.computing import Computing
 from fastdiff.export.trace import watched
@@ -26,7 +26,7 @@ class Original(NamedTuple):
     """What was exported, in torch."""
 
     network: nn.Module  # float32; its modules are the layers
-    call: Callable[[Inputs], Tensor]
+    call: Callable[[Inputs], dict[str, Tensor]]  # the results by the names of the graph's outputs
     halved: Sequence[str] = ()  # inputs that are of the graph's type, where that is not float32
 
 
@@ -60,7 +60,17 @@ def compare(
     with _sessions(exported.files, ()) as run:
         for name, inputs in cases.items():
             truth, plain = _torch(original, inputs, torch.float64), _torch(original, inputs, dtype)
-            report[name] = _errors(_run(run, inputs, name)[-1], plain, truth)
+            got = _run(run, inputs, name)
+            coarse = None
+            if not all(bool(value.isfinite().all()) for value in plain.values()):
+                coarse = _torch(original, inputs, torch.bfloat16)
+            errors = {
+                output: _errors(got[output], plain[output], truth[output], coarse and coarse[output])
+                for output in truth
+            }
+            report[name] = max(errors.values(), key=lambda error: _nan_last(error["exported"]))
+            if len(errors) > 1:
+                report[name] = {**report[name], "outputs": errors}
     # over all cases together: the largest of few numbers is a poor measure of either
     worst = {who: max((error[who] for error in report.values()), key=_nan_last) for who in ("exported", "torch")}
     if not _holds(worst, dtype):
@@ -86,12 +96,11 @@ def by_layer(original: Original, exported: Exported, inputs: Inputs, dtype: torc
     with _sessions(exported.files, list(layers.values())) as run:
         found = _run(run, inputs, "the layers")
     return {
-        name: _errors(result, seen[dtype][name], seen[torch.float64][name])
-        for name, result in zip(layers, found, strict=False)
+        name: _errors(found[value], seen[dtype][name], seen[torch.float64][name]) for name, (_, value) in layers.items()
     }
 
 
-def _torch(original: Original, inputs: Inputs, dtype: torch.dtype) -> Tensor:
+def _torch(original: Original, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
     precise = dtype == torch.float64
     given = {
         name: value.to(dtype) if value.is_floating_point() and (precise or name in original.halved) else value
@@ -101,8 +110,16 @@ def _torch(original: Original, inputs: Inputs, dtype: torch.dtype) -> Tensor:
         return original.call(given)
 
 
-def _errors(got: Tensor, plain: Tensor, truth: Tensor) -> dict[str, float]:
+def _errors(got: Tensor, plain: Tensor, truth: Tensor, coarse: Tensor | None = None) -> dict[str, float]:
+    """Relative to the largest number of the truth.
+
+    Where torch itself overflows in float16 it measures nothing; then ``coarse`` does, torch in bfloat16, whose unit is
+    eight times as large and whose range is that of float32.
+    """
     top = float(truth.abs().max()) or 1.0
+    if coarse is not None:
+        finer = torch.finfo(torch.float16).eps / torch.finfo(torch.bfloat16).eps
+        plain = truth + (coarse.double() - truth) * finer
     theirs, ours = (float((value.double() - truth.double()).abs().max()) / top for value in (got, plain))
     return {"exported": theirs, "torch": ours}
 
@@ -121,12 +138,12 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-Run = Callable[[Inputs], list[Tensor]]
+Run = Callable[[Inputs], dict[str, Tensor]]
 
 
 @contextmanager
 def _sessions(files: Sequence[Path], layers: Sequence[tuple[int, str]]) -> Iterator[Run]:
-    """Run the files one after the other; returns the results of ``layers``, then the last file's output."""
+    """Run the files one after the other, each with what the earlier ones gave; returns all that they give."""
     watching = [_with_outputs(file, [name for at, name in layers if at == i]) for i, file in enumerate(files)]
     try:
         sessions = [open_session(file, torch.device("cpu")) for file in watching]
@@ -135,18 +152,15 @@ def _sessions(files: Sequence[Path], layers: Sequence[tuple[int, str]]) -> Itera
             if file != given:
                 file.unlink(missing_ok=True)
 
-    def run(inputs: Inputs) -> list[Tensor]:
+    def run(inputs: Inputs) -> dict[str, Tensor]:
         values = {name: value.numpy() for name, value in inputs.items()}
-        results: list[dict[str, Any]] = []
+        results: dict[str, Any] = {}
         for session in sessions:
             names = [entry.name for entry in session.get_outputs()]
             feed = {entry.name: values[entry.name] for entry in session.get_inputs()}
-            results.append(dict(zip(names, session.run(None, feed), strict=True)))
-            values |= results[-1]
-            if "time_rows" in results[-1] and len(values["time_rows"]) != len(values["sample"]):
-                raise ValueError("one row for each image is needed")
-        last = [entry.name for entry in sessions[-1].get_outputs() if entry.name not in dict((n, 0) for _, n in layers)]
-        return [torch.from_numpy(results[at][name]) for at, name in layers] + [torch.from_numpy(results[-1][last[0]])]
+            results |= dict(zip(names, session.run(None, feed), strict=True))
+            values |= results
+        return {name: torch.from_numpy(value) for name, value in results.items()}
 
     yield run
 
@@ -164,7 +178,7 @@ def _with_outputs(file: Path, names: Sequence[str]) -> Path:
     return watching
 
 
-def _run(run: Run, inputs: Inputs, name: str) -> list[Tensor]:
+def _run(run: Run, inputs: Inputs, name: str) -> dict[str, Tensor]:
     try:
         return run(inputs)
     except Exception as error:  # onnxruntime's own kinds, none of them public

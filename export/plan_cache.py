@@ -17,13 +17,14 @@ import torch
 
 from fastdiff.artifact import load_manifest as load_graph_manifest
 from fastdiff.artifact import manifest_path
-from fastdiff.backends.plan_files import PlanManifest, read_plan, read_sealed, save_manifest, write_sealed
+from fastdiff.backends.onnx_files import check_external_data
+from fastdiff.backends.plan_files import PlanManifest, joined, read_plan, read_sealed, save_manifest, write_sealed
 from fastdiff.backends.trt import architecture_of
 from fastdiff.backends.trt_library import Library
 from fastdiff.errors import ArtifactError
 from fastdiff.export import progress, tensorrt
 from fastdiff.export.tensorrt import Built, Recipe, build_plan, check
-from fastdiff.models.files import inside, sha256
+from fastdiff.models.files import sha256
 
 PLAN, TIMINGS = "model.plan", "timings"
 Builder = Callable[..., Built]
@@ -145,24 +146,9 @@ def graph_sha256(graph: Path) -> str:
     """Return one hash of an ONNX file and the files its weights lie in.
 
     Raises:
-        ArtifactError: if a file is missing, or its name leads out of the folder.
+        ArtifactError: if a file is missing, or lies elsewhere than beside the graph.
     """
-    import onnx
-
-    if not graph.is_file():
-        raise ArtifactError(f"{graph}: no such file; an ONNX file is needed")
-    try:
-        proto = onnx.load(graph, load_external_data=False)
-    except Exception as error:  # protobuf's own kinds
-        raise ArtifactError(f"{graph}: not an ONNX file ({type(error).__name__})") from error
-    tensors = [t for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-    names = sorted({entry.value for t in tensors for entry in t.external_data if entry.key == "location"})
-    files = [graph, *(inside(graph.parent, name) for name in names)]
-    for file in files:
-        if not file.is_file():
-            raise ArtifactError(f"{file}: no such file; {graph.name} keeps weights there")
-    hashes = [sha256(file) for file in files]
-    return hashes[0] if len(hashes) == 1 else _digest(hashes)
+    return joined([sha256(file) for file in (graph, *check_external_data(graph))])
 
 
 def _digest(value: Any) -> str:

@@ -136,4 +136,5 @@ def sampler_graph(unet: UNet, walk: Walk, target: Target, dtype: torch.dtype, si
 
 def eagerly(unet: UNet, walk: Walk) -> Any:
     """The same walk in torch, from the same inputs."""
-    return lambda given: walk.run(UNetNetwork(unet), given)
+    name = "images" if walk.images else "latents"
+    return lambda given: {name: walk.run(UNetNetwork(unet), given)}

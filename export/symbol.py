@@ -60,6 +60,8 @@ class Symbol:
             known,
         )
         self.moved: tuple[Symbol, tuple[int, ...]] | None = None  # of which value it is a transposition, and how
+        self.folded: Symbol | None = None  # which value it is with other sizes
+        self.parts: Callable[[int, int], Symbol] | None = None  # makes a range of its last axis, cheaper than cutting
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -21,14 +21,16 @@ class Target(NamedTuple):
     opset: int
     group_norm: bool  # keep ``GroupNormalization`` whole
     attention: bool  # keep ``Attention`` whole
+    own: bool = False  # use operators of onnxruntime's own (``com.microsoft``)
 
 
-# name -> the newest opset that it reads, and what it has an implementation of its own for. onnxruntime would take both
-# operators apart itself, one of them into slower pieces than ours.
+# name -> the opset, and what is kept whole: what it has an implementation of its own for. onnxruntime would take
+# ``GroupNormalization`` apart itself, and computes ``Attention`` through all its logits; its own operator does not.
 _KNOWN = {
-    "onnxruntime": (21, False, False),
-    "tensorrt": (22, True, False),
-    "tensorrt-rtx": (23, True, True),
+    "onnxruntime": (21, False, False, True),
+    "tensorrt": (22, True, False, False),
+    "tensorrt-rtx": (23, True, True, False),
+    "onnx": (21, False, False, False),  # nothing but common operators, for any other runtime
 }
 TARGETS = tuple(_KNOWN)
 
@@ -43,9 +45,9 @@ def target_of(name: str, opset: int | None = None, dtype: torch.dtype = torch.fl
         raise PlanError(f"dtype is {dtype}; allowed: {', '.join(DTYPES)}")
     if name not in _KNOWN:
         raise PlanError(f"target is {name!r}; allowed: {', '.join(_KNOWN)}")
-    usual, group_norm, attention = _KNOWN[name]
+    usual, group_norm, attention, own = _KNOWN[name]
     oldest = BFLOAT16 if dtype == torch.bfloat16 else OLDEST
     chosen = max(usual, oldest) if opset is None else opset
     if not oldest <= chosen <= NEWEST:
         raise PlanError(f"opset is {chosen}; allowed for {dtype}: {oldest} to {NEWEST}")
-    return Target(name, chosen, group_norm and chosen >= GROUP_NORMALIZATION, attention and chosen >= ATTENTION)
+    return Target(name, chosen, group_norm and chosen >= GROUP_NORMALIZATION, attention and chosen >= ATTENTION, own)

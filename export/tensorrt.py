@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastdiff.backends.onnx_files import check_external_data
 from fastdiff.backends.trt_library import RTX_ARCHITECTURES, TITLES, Library, make_logger
 from fastdiff.errors import ArtifactError, BackendError, FastdiffError, PlanError
 from fastdiff.export.progress import make_monitor
@@ -63,8 +64,9 @@ def parse(library: Library, file: Path) -> Parsed:
     """Read an ONNX file into a strongly typed network.
 
     Raises:
-        ArtifactError: naming the first node that the library cannot take.
+        ArtifactError: naming the first node that the library cannot take, or weights that lie elsewhere.
     """
+    check_external_data(file)
     module, logger = library.module, make_logger(library)
     builder = module.Builder(logger)
     typed = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # 11 knows no other networks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -17,15 +17,19 @@ from fastdiff.kernels import REFERENCE
 Net = TypeVar("Net", bound=nn.Module)
 
 
-def stand_in(network: Net, graph: Graph, dtype: torch.dtype) -> Net:
+def stand_in(network: Net, graph: Graph, dtype: torch.dtype, wide: Collection[str] = ()) -> Net:
     """A copy of a network whose parameters are values of the graph, of this float type; no number is copied.
 
-    Its modules enter and leave the graph's scopes, and leave there which value each of them gave.
+    Layers named in ``wide`` compute in float32 all the same, and what they give stays in it until a layer that does not
+    reads it. Its modules enter and leave the graph's scopes, and leave there which value each of them gave.
     """
     sources = dict(network.named_parameters())
+    graph.wide.update(wide)
     result = copy.deepcopy(network, {id(parameter): parameter for parameter in sources.values()})
     values = {
-        id(source): graph.weight(name, source, dtype if source.is_floating_point() else source.dtype, source.shape)
+        id(source): graph.weight(
+            name, source, torch.float32 if name.rpartition(".")[0] in wide else dtype, source.shape
+        )
         for name, source in sources.items()
     }
     for name, module in result.named_modules():

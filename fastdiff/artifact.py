@@ -26,6 +26,7 @@ class Manifest:
     versions: dict[str, str]
     sampler: dict[str, Any] = field(default_factory=dict)
     parity: dict[str, Any] = field(default_factory=dict)
+    ranges: dict[str, Any] = field(default_factory=dict)  # what a float16 graph keeps in float32, and why
     dtype: str = "float32"  # in which the graph computes
     target: str = "onnxruntime"  # whom it was made for
     files: dict[str, str] = field(default_factory=dict)  # what else belongs to it, beside it: name -> sha256

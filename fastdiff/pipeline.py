@@ -51,6 +51,10 @@ def resolve(model: str | os.PathLike[str]) -> Path:
     return Path(model)
 
 
+def _path(artifact: str | os.PathLike[str] | None) -> Path | None:
+    return None if artifact is None else Path(artifact)
+
+
 class Pipeline:
     """A loaded model on one device and backend. It holds no state between calls: threads may share it.
 
@@ -103,7 +107,7 @@ class Pipeline:
         if is_built(folder):
             raise ArtifactError(f"{folder}: was made by fastdiff build; load it with Pipeline.from_built")
         if (folder / INDEX).exists() and not (folder / MANIFEST).exists():
-            return cls._from_index(folder, device, dtype, backend, controlnet, variant, allow_pickle)
+            return cls._from_index(folder, device, dtype, backend, artifact, controlnet, variant, allow_pickle)
         model = load_model(folder, variant=variant, allow_pickle=allow_pickle)
         for kind, name, table in (
             ("path", model.info.path, PATHS),
@@ -112,7 +116,7 @@ class Pipeline:
             if name not in table:
                 raise ArtifactError(f"{model.folder}/fastdiff.json: {kind} is {name!r}; allowed: {', '.join(table)}")
         place = torch.device(device)
-        network = load_backend(backend, model, Spec(place, dtype, Path(artifact) if artifact else None))
+        network = load_backend(backend, model, Spec(place, dtype, _path(artifact)))
         return cls(model, network, place)
 
     @classmethod
@@ -122,6 +126,7 @@ class Pipeline:
         device: str | torch.device,
         dtype: torch.dtype,
         backend: str,
+        artifact: str | os.PathLike[str] | None,
         controlnet: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         variant: str | None,
         allow_pickle: bool,
@@ -130,11 +135,12 @@ class Pipeline:
         name = read_json(inside(folder, INDEX)).get("_class_name")
         how = {"variant": variant, "allow_pickle": allow_pickle}
         if name not in UNCONDITIONAL:
-            return load_folder(folder, controlnet=controlnet, device=device, dtype=dtype, backend=backend, **how)
+            where = {"device": device, "dtype": dtype, "backend": backend, "artifact": artifact}
+            return load_folder(folder, controlnet=controlnet, **where, **how)
         sampler = from_diffusers_scheduler(inside(folder, "scheduler"))
         place = torch.device(device)
         model = Model(load_unet(inside(folder, "unet"), **how), ModelInfo(), folder / "unet")
-        return cls(model, load_backend(backend, model, Spec(place, dtype, None)), place, sampler)
+        return cls(model, load_backend(backend, model, Spec(place, dtype, _path(artifact))), place, sampler)
 
     @classmethod
     def from_single_file(cls, file: str | os.PathLike[str], **options: Any) -> TextToImage:

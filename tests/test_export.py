@@ -17,7 +17,7 @@ pytest.importorskip("onnxruntime", reason="export needs onnxruntime (pip install
 
 from fastdiff import Pipeline  # noqa: E402
 from fastdiff.artifact import load_manifest, manifest_path  # noqa: E402
-from fastdiff.backends.ort import open_session  # noqa: E402
+from fastdiff.backends.ort_session import open_session  # noqa: E402
 from fastdiff.cli import main  # noqa: E402
 from fastdiff.errors import ArtifactError, PlanError  # noqa: E402
 from fastdiff.export import onnx as exporter  # noqa: E402
@@ -204,3 +204,47 @@ def test_parity_names_the_first_layer_that_is_not_the_networks(folder, tmp_path,
     with pytest.raises(ArtifactError, match=r"off by .*leaves the bound: up_blocks.0.resnets.1.conv1$"):
         export_unet(load_model(folder), tmp_path / "wrong.onnx")
     assert os.listdir(tmp_path) == []
+
+
+def test_the_command_line_takes_types_targets_and_parts(folder, tmp_path, capsys):
+    file = tmp_path / "half.onnx"
+    options = ["--dtype", "float16", "--target", "tensorrt-rtx", "--split", "--external-data", "--per-layer"]
+    assert main(["export", "--model", str(folder), "--out", str(file), "--json", *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["kind"] == "step" and report["parity"]["layers"] and report["ranges"]["kept_in_float32"] == {}
+    assert report["files"] == ["half.onnx.data", "half.prepare.onnx", "half.prepare.onnx.data"]
+    assert main(["export", "--model", str(folder), "--out", str(tmp_path / "b.onnx"), "--dtype", "bfloat16"]) == 0
+    assert "does not compute in it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, problem",
+    [
+        (["--sampler", "ddim"], "--sampler belongs to --fuse-sampler N"),
+        (["--size", "8", "8"], "--size belongs to --fuse-sampler N"),
+        (["--fuse-sampler", "2", "--split"], "--split does not go with --fuse-sampler"),
+        (["--part", "decoder", "--control"], "--control is for --part unet, not decoder"),
+        (["--opset", "9"], "opset is 9; allowed for torch.float32: 18 to 23"),
+    ],
+)
+def test_options_that_do_not_fit_are_one_line(folder, tmp_path, capsys, options, problem):
+    assert main(["export", "--model", str(folder), "--out", str(tmp_path / "x.onnx"), *options]) == 2
+    error = capsys.readouterr().err
+    assert problem in error and error.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_text_model_from_the_command_line(tmp_path, capsys):
+    pytest.importorskip("diffusers", reason="needs diffusers (pip install 'fastdiff[test]')")
+    pytest.importorskip("transformers", reason="needs transformers (pip install 'fastdiff[text]')")
+    import tiny_pipelines as tiny
+
+    tiny.stable_diffusion(tmp_path).save_pretrained(tmp_path / "model")
+    commands = {"unet.onnx": [], "decoder.onnx": ["--part", "decoder"],
+                "sampler.onnx": ["--fuse-sampler", "2", "--size", "6", "8"]}  # fmt: skip
+    for name, options in commands.items():
+        file = tmp_path / name
+        assert main(["export", "--model", str(tmp_path / "model"), "--out", str(file), "--json", *options]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["kind"] == {"unet": "step"}.get(file.stem, file.stem) and report["parity"]
+    assert report["outputs"]["latents"][1] == ["batch", 4, 6, 8]

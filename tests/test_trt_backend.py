@@ -13,8 +13,9 @@ import torch
 from small import make_folder
 
 from fastdiff import Pipeline
-from fastdiff.backends.plan_files import PlanManifest, read_sealed, save_manifest
-from fastdiff.backends.trt import Engine, TrtNetwork
+from fastdiff.backends.ort import WholeNetwork
+from fastdiff.backends.plan_files import PlanManifest, joined, read_sealed, save_manifest
+from fastdiff.backends.trt import Engine, check_pair
 from fastdiff.backends.trt_library import Library
 from fastdiff.backends.trt_refit import refit_from_graph, refit_weights
 from fastdiff.errors import ArtifactError, BackendError, ShapeError
@@ -224,24 +225,6 @@ def test_an_engine_with_fixed_weights_is_not_refitted(engine, tmp_path):
         refit_from_graph(engine, tmp_path / "missing.onnx")
 
 
-def test_the_network_is_told_what_the_loop_tells_every_network():
-    told = []
-
-    def run(feed):
-        told.append({name: value.clone() for name, value in feed.items()})
-        return {"output": feed["sample"] * feed["timestep"][:, None, None, None]}
-
-    def plain(x, timestep, target, class_labels):
-        return x * timestep[:, None, None, None]
-
-    how = {"num_inference_steps": 3, "prediction": "mean_velocity", "sampler": "flow_map", "seed": 0,
-           "cond": Cond(torch.tensor([4, 5]))}  # fmt: skip
-    network = TrtNetwork(run, ("sample", "timestep", "target", "class_labels"))
-    assert torch.equal(sample(network, (2, 1, 4, 4), **how), sample(plain, (2, 1, 4, 4), **how))
-    assert [entry["class_labels"].tolist() for entry in told] == [[4, 5]] * 3
-    assert all(set(entry) == {"sample", "timestep", "target", "class_labels"} for entry in told)
-
-
 def test_an_engine_of_something_else_is_refused(tmp_path, monkeypatch):
     (tmp_path / "user").mkdir(mode=0o700)
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "user"))
@@ -253,6 +236,7 @@ def test_an_engine_of_something_else_is_refused(tmp_path, monkeypatch):
     for graph, says in (
         ({"kind": "sampler"}, "holds a sampler; the engine of a 'unet' export is needed"),
         ({"kind": "unet", "model_sha256": "0"}, "was made from other weights"),
+        ({"kind": "step", "model_sha256": "0"}, "was made from other weights"),
         (
             {"kind": "unet", "model_sha256": fingerprint(folder)},
             "1.7|not those",
@@ -261,3 +245,30 @@ def test_an_engine_of_something_else_is_refused(tmp_path, monkeypatch):
         save_manifest(file, replace(MANIFEST, graph=graph))
         with pytest.raises((ArtifactError, BackendError), match=says):
             Pipeline.from_pretrained(folder, backend="tensorrt", artifact=file)
+
+
+def test_two_engines_of_one_export_belong_together(tmp_path):
+    step = replace(MANIFEST, graph={"files": {"unet.prepare.onnx": "a" * 64, "unet.onnx.data": "b" * 64}})
+    file = tmp_path / "unet.prepare.plan"
+    check_pair(file, replace(MANIFEST, graph_sha256="a" * 64), step)
+    for wrong, of in ((replace(MANIFEST, graph_sha256="c" * 64), step), (MANIFEST, replace(step, graph={}))):
+        with pytest.raises(ArtifactError, match="belongs to another export than the engine beside it"):
+            check_pair(file, wrong, of)
+    files = step.graph["files"] | {"unet.prepare.onnx.data": "d" * 64}
+    both = replace(MANIFEST, graph_sha256=joined(["a" * 64, "d" * 64]))
+    check_pair(file, both, replace(step, graph={"files": files}))
+
+
+def test_the_loop_asks_whatever_runs_like_an_engine():
+    told = []
+
+    class Known:
+        inputs = {"sample": None, "timestep": None, "class_labels": None}
+
+        def __call__(self, given):
+            told.append(given["timestep"].tolist())
+            return {"output": given["sample"] * given["timestep"][:, None, None, None]}
+
+    how = {"num_inference_steps": 3, "sampler": "ddim", "seed": 0, "cond": Cond(torch.tensor([4, 5]))}
+    wanted = sample(lambda x, t, class_labels: x * t[:, None, None, None], (2, 1, 4, 4), **how)
+    assert torch.equal(sample(WholeNetwork(Known()), (2, 1, 4, 4), **how), wanted) and len(told) == 3

@@ -13,6 +13,7 @@ import hmac
 import json
 import os
 import secrets
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -115,14 +116,14 @@ def load_manifest(file: Path) -> PlanManifest:
     return PlanManifest(**made)
 
 
-def read_plan(file: Path, *, library: str, version: str, trusted: str | None = None) -> tuple[bytes, PlanManifest]:
+def read_plan(file: Path, *, library: str, version: str, trusted: Collection[str] = ()) -> tuple[bytes, PlanManifest]:
     """Read a plan that is safe to hand to TensorRT.
 
     Args:
         file: the plan; its manifest lies beside it.
         library: what is to run it.
         version: of that library: plans of another are stale.
-        trusted: SHA-256 of the manifest of a plan made elsewhere, as its maker told it: it is taken without this
+        trusted: SHA-256 of manifests of plans made elsewhere, as their maker told them: those are taken without this
             user's seal.
 
     Returns:
@@ -132,7 +133,7 @@ def read_plan(file: Path, *, library: str, version: str, trusted: str | None = N
         ArtifactError: if the plan has no manifest, was sealed by nobody here, is stale, or differs by one bit.
     """
     size, manifest = file_size(file), load_manifest(file)
-    if not (_is_ours(manifest) if trusted is None else _same(sha256(manifest_of(file)), trusted)):
+    if not (_is_ours(manifest) or sha256(manifest_of(file)) in trusted):
         raise ArtifactError(
             f"{file}: its manifest was not sealed by this user's cache, nor is it one that is trusted; refused, as a "
             "plan is code. Build it here, or trust it: by the SHA-256 of its manifest, from whoever made it"
@@ -155,6 +156,11 @@ def read_plan(file: Path, *, library: str, version: str, trusted: str | None = N
 def _same(ours: str, given: str) -> bool:
     """Compare digests without telling by the time it takes where they differ."""
     return hmac.compare_digest(ours.encode(), given.encode())
+
+
+def joined(hashes: Sequence[str]) -> str:
+    """Return one hash for several files that belong together; that of the file, where there is one alone."""
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def _is_ours(manifest: PlanManifest) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fastdiff.backends.base import Spec
-from fastdiff.backends.plan_files import PlanManifest, load_manifest, read_plan, read_sealed, write_sealed
+from fastdiff.backends.ort import SplitNetwork, WholeNetwork
+from fastdiff.backends.plan_files import PlanManifest, joined, load_manifest, read_plan, read_sealed, write_sealed
 from fastdiff.backends.trt_library import RTX_ARCHITECTURES, TITLES, Library, find_library, make_logger
 from fastdiff.errors import ArtifactError, BackendError, ShapeError
 from fastdiff.kernels.native import Unavailable, cache_folder
 from fastdiff.models.weights import Model, fingerprint
-from fastdiff.sampling.denoiser import Cond
 
 FILE = "unet.plan"
 DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64,
@@ -147,13 +147,15 @@ def _between(shape: tuple[int, ...], low: list[int], _: list[int], high: list[in
     return len(shape) == len(low) and all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
 
 
-def load_engine(file: Path, device: torch.device, trusted: str | None = None, library: Library | None = None) -> Engine:
+def load_engine(
+    file: Path, device: torch.device, trusted: Collection[str] = (), library: Library | None = None
+) -> Engine:
     """Read a plan, check it, and hand it to the library that made it.
 
     Args:
         file: the plan, its manifest beside it.
         device: a GPU.
-        trusted: SHA-256 of the manifest of a plan that was made elsewhere; see ``read_plan``.
+        trusted: SHA-256 of manifests of plans that were made elsewhere; see ``read_plan``.
         library: who runs it; None: the one that made it.
 
     Raises:
@@ -209,42 +211,53 @@ def _kernels(manifest: PlanManifest, architecture: str) -> Path | None:
         return None
 
 
-class Inputs(NamedTuple):
-    """Prepared: the table's times and the labels, by place, on the GPU."""
+def load_network(
+    file: Path, device: torch.device, model_sha256: str | None = None, trusted: Collection[str] = ()
+) -> WholeNetwork | SplitNetwork:
+    """Load the engine of a UNet, and the one beside it (``<stem>.prepare.plan``) that runs once, if it has one.
 
-    times: Tensor  # [1 or places, R, 2]
-    places: Tensor  # [places]
-    labels: Tensor | None
+    Args:
+        file: the plan.
+        device: a GPU.
+        model_sha256: ``fingerprint`` of the weights that it must have been made from; None: not checked.
+        trusted: see ``read_plan``.
 
-
-class TrtNetwork:
-    """An engine of one network evaluation, for the loop. Nothing is copied to the host."""
-
-    def __init__(self, run: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], names: tuple[str, ...]):
-        self.run, self.names = run, names
-
-    def prepare(self, cond: Cond, times: Tensor) -> Inputs:
-        """See ``Network.prepare``."""
-        return Inputs(times.float(), torch.arange(times.shape[0], device=times.device), cond.label)
-
-    def __call__(self, x: Tensor, row_index: Tensor, prepared: Inputs) -> Tensor:
-        """See ``Network.__call__``."""
-        batch = x.shape[0]
-        place = prepared.places[:batch] if prepared.times.shape[0] > 1 else 0
-        told = prepared.times[place, row_index]
-        feed = {"sample": x, "timestep": told[:, 0]}
-        if "target" in self.names:
-            feed["target"] = told[:, 1]
-        if prepared.labels is not None:
-            feed["class_labels"] = prepared.labels[:batch]
-        return self.run(feed)["output"].float()
+    Raises:
+        ArtifactError: if a plan is missing, foreign, damaged, a fused sampler, of other weights or of another export.
+        BackendError: if it cannot run here.
+    """
+    graph = load_manifest(file).graph
+    if graph.get("kind") not in ("unet", "step"):
+        raise ArtifactError(f"{file}: holds a {graph.get('kind')}; the engine of a 'unet' export is needed here")
+    if model_sha256 is not None and graph.get("model_sha256") != model_sha256:
+        raise ArtifactError(f"{file}: was made from other weights; build it again")
+    step: Any = load_engine(file, device, trusted)
+    if graph["kind"] == "unet":
+        return WholeNetwork(step)
+    beside = file.with_name(f"{file.stem}.prepare{file.suffix}")
+    check_pair(beside, load_manifest(beside), step.manifest)
+    once: Any = load_engine(beside, device, trusted)
+    return SplitNetwork(once, step)
 
 
-def load(model: Model, spec: Spec) -> TrtNetwork:
+def check_pair(file: Path, once: PlanManifest, step: PlanManifest) -> None:
+    """Refuse an engine whose graph was not exported together with that of the step.
+
+    Raises:
+        ArtifactError: naming it.
+    """
+    files = dict(step.graph.get("files", {}))
+    name = f"{file.stem}.onnx"
+    hashes = [files[each] for each in (name, f"{name}.data") if each in files]
+    if not hashes or once.graph_sha256 != joined(hashes):
+        raise ArtifactError(f"{file}: belongs to another export than the engine beside it; build both again")
+
+
+def load(model: Model, spec: Spec) -> WholeNetwork | SplitNetwork:
     """Load the engine of a model.
 
     Raises:
-        ArtifactError: if the plan is missing, foreign, damaged, a fused sampler, or made from other weights.
+        ArtifactError: if the plan is missing, or as ``load_network``.
         BackendError: if it cannot run here.
     """
     if model.folder is None:
@@ -254,10 +267,4 @@ def load(model: Model, spec: Spec) -> TrtNetwork:
         raise ArtifactError(
             f"{file}: no such file; fastdiff build --model {model.folder} --engine ARCH makes one: give it as artifact"
         )
-    graph = load_manifest(file).graph
-    if graph.get("kind") != "unet":
-        raise ArtifactError(f"{file}: holds a {graph.get('kind')}; the engine of a 'unet' export is needed here")
-    if graph.get("model_sha256") != fingerprint(model.folder):
-        raise ArtifactError(f"{file}: was made from other weights than those of {model.folder}; build it again")
-    engine = load_engine(file, spec.device)
-    return TrtNetwork(engine, tuple(engine.manifest.inputs))
+    return load_network(file, spec.device, fingerprint(model.folder))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.artifact import load_manifest
-from fastdiff.backends.ort import OrtNetwork, open_session
+from fastdiff.backends.ort import network_from
+from fastdiff.backends.ort_session import Runner, open_session
 from fastdiff.built.folder import FUSED, TABLES, Folder, Preset, read_folder
 from fastdiff.built.tables import from_json
 from fastdiff.errors import ArtifactError, BackendError, PlanError
@@ -27,7 +28,7 @@ from fastdiff.sampling.table import StepTable
 
 RUNTIMES = ("onnxruntime", "tensorrt")
 OUTPUTS = ("pil", "pt", "np")
-Runner = Callable[[Tensor, list[int | None], Noise], Tensor]  # starting state, labels, noise -> samples in [-1, 1]
+Draw = Callable[[Tensor, list[int | None], Noise], Tensor]  # starting state, labels, noise -> samples in [-1, 1]
 
 
 class BuiltPipeline:
@@ -114,7 +115,7 @@ class BuiltPipeline:
         made = self.folder
         return check_labels(class_labels, repeat, len(made.classes), made.null_label, made.labelled)
 
-    def _runner(self, name: str, preset: Preset, tables: Mapping[str, Tensor], opened: dict[str, Any]) -> Runner:
+    def _runner(self, name: str, preset: Preset, tables: Mapping[str, Tensor], opened: dict[str, Any]) -> Draw:
         if preset.graph not in opened:
             opened[preset.graph] = self._open(preset)
         run = opened[preset.graph]
@@ -140,14 +141,13 @@ class BuiltPipeline:
         if self.backend == "tensorrt":
             return self._engine(preset)
         file, _ = self.folder.file(preset.graph), self.folder.file(f"{preset.graph}.json")
-        manifest = load_manifest(file)  # checks what lies beside the graph too
-        if manifest.dtype == "bfloat16" and self.device.type == "cpu":
-            raise BackendError(f"{file}: computes in bfloat16, which onnxruntime does not on a CPU: use its engines")
-        session = open_session(file, self.device)
-        return FusedSession(session, self.device) if preset.kind == FUSED else OrtNetwork(session)
+        if preset.kind == FUSED:
+            load_manifest(file)  # checks what lies beside the graph too
+            return _fused(Runner(open_session(file, self.device), self.device))
+        return network_from(file, self.device, None)
 
     def _engine(self, preset: Preset) -> Any:
-        from fastdiff.backends.trt import TrtNetwork, architecture_of, load_engine
+        from fastdiff.backends.trt import architecture_of, load_engine, load_network
 
         here = architecture_of(self.device)
         if here not in preset.plans:
@@ -155,26 +155,14 @@ class BuiltPipeline:
             raise BackendError(f"{self.folder.root}: has engines for {built}; this GPU is {here}: use 'onnxruntime'")
         file = self.folder.file(preset.plans[here])
         manifest = sha256(self.folder.file(f"{preset.plans[here]}.json"))
-        trusted = manifest if self.folder.trusted else None
-        engine = load_engine(file, self.device, trusted)
+        trusted = [manifest] if self.folder.trusted else []
         if preset.kind == FUSED:
-            return lambda noise, label: engine(_feed(noise, label))["images"]
-        return TrtNetwork(engine, tuple(engine.manifest.inputs))
+            return _fused(load_engine(file, self.device, trusted))
+        return load_network(file, self.device, trusted=trusted)
 
 
-class FusedSession:
-    """A fused sampler in onnxruntime: standard normal noise and labels in, samples out."""
-
-    def __init__(self, session: Any, device: torch.device):
-        self.session, self.device = session, device
-
-    def __call__(self, noise: Tensor, label: Tensor | None) -> Tensor:
-        """``noise [B, C, H, W]``, ``label [B]`` -> ``[B, C, H', W']`` in [-1, 1], cropped."""
-        feed = {name: value.contiguous().cpu().numpy() for name, value in _feed(noise, label).items()}
-        (images,) = self.session.run(None, feed)
-        return torch.from_numpy(images).to(self.device)
-
-
-def _feed(noise: Tensor, label: Tensor | None) -> dict[str, Tensor]:
-    """The inputs of a fused sampler."""
-    return {"noise": noise} if label is None else {"noise": noise, "class_labels": label}
+def _fused(run: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """A fused sampler: standard normal noise ``[B, C, H, W]`` and labels ``[B]`` -> samples in [-1, 1], cropped."""
+    return lambda noise, label: run({"noise": noise} if label is None else {"noise": noise, "class_labels": label})[
+        "images"
+    ]
