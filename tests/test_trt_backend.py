@@ -229,7 +229,7 @@ def test_an_engine_of_something_else_is_refused(tmp_path, monkeypatch):
     (tmp_path / "user").mkdir(mode=0o700)
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "user"))
     folder = make_folder(tmp_path / "model", classes=False)
-    with pytest.raises(ArtifactError, match="unet.plan: no such file; fastdiff build --model .* makes one"):
+    with pytest.raises(ArtifactError, match="unet.plan: no such file; fastdiff build --engine makes"):
         Pipeline.from_pretrained(folder, backend="tensorrt")
     file = tmp_path / "x.plan"
     file.write_bytes(b"p")
@@ -272,3 +272,14 @@ def test_the_loop_asks_whatever_runs_like_an_engine():
     how = {"num_inference_steps": 3, "sampler": "ddim", "seed": 0, "cond": Cond(torch.tensor([4, 5]))}
     wanted = sample(lambda x, t, class_labels: x * t[:, None, None, None], (2, 1, 4, 4), **how)
     assert torch.equal(sample(WholeNetwork(Known()), (2, 1, 4, 4), **how), wanted) and len(told) == 3
+
+
+def test_text_to_image_takes_an_engine_too(tmp_path):
+    pytest.importorskip("diffusers", reason="makes the folder with diffusers (pip install 'fastdiff[bench]')")
+    import tiny_pipelines as tiny
+
+    tiny.stable_diffusion(tmp_path).save_pretrained(tmp_path / "model")
+    with pytest.raises(ArtifactError, match="unet.unet.plan: no such file; fastdiff build --engine makes"):
+        Pipeline.from_pretrained(tmp_path / "model", backend="tensorrt")
+    with pytest.raises(ArtifactError, match="belongs to backend onnxruntime or tensorrt, not to 'eager'"):
+        Pipeline.from_pretrained(tmp_path / "model", backend="eager", artifact="x.plan")

@@ -226,6 +226,8 @@ def load_network(
         ArtifactError: if a plan is missing, foreign, damaged, a fused sampler, of other weights or of another export.
         BackendError: if it cannot run here.
     """
+    if not file.exists():
+        raise ArtifactError(f"{file}: no such file; fastdiff build --engine makes engines: give one as artifact")
     graph = load_manifest(file).graph
     if graph.get("kind") not in ("unet", "step"):
         raise ArtifactError(f"{file}: holds a {graph.get('kind')}; the engine of a 'unet' export is needed here")
@@ -262,9 +264,4 @@ def load(model: Model, spec: Spec) -> WholeNetwork | SplitNetwork:
     """
     if model.folder is None:
         raise ArtifactError("backend 'tensorrt' needs a model that was loaded from a folder")
-    file = spec.artifact or model.folder / FILE
-    if not file.exists():
-        raise ArtifactError(
-            f"{file}: no such file; fastdiff build --model {model.folder} --engine ARCH makes one: give it as artifact"
-        )
-    return load_network(file, spec.device, fingerprint(model.folder))
+    return load_network(spec.artifact or model.folder / FILE, spec.device, fingerprint(model.folder))
