@@ -8,22 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff.errors import ArtifactError
-from fastdiff.models.files import read_json, sha256, write_text
+from fastdiff.models.files import inside, read_json, sha256, write_text
 
 
 @dataclass(frozen=True)
 class Manifest:
     """Facts about one exported file, written as ``<file>.json`` beside it."""
 
-    kind: str  # "unet": one network evaluation; "sampler": noise in, image out
+    # "unet": one network evaluation; "step": that without what "prepare" computes once, a graph of its own beside it;
+    # "sampler": noise in, image out; "decoder": latents in, image out; "controlnet": as "step", residuals out
+    kind: str
     sha256: str  # of the file
     model_sha256: str  # ``fingerprint`` of the weights it was made from
-    inputs: dict[str, Any]  # name -> [dtype, shape]; -1 is the dynamic batch
+    inputs: dict[str, Any]  # name -> [dtype, shape]; a size that is free has a name
     outputs: dict[str, Any]
     opset: int
     versions: dict[str, str]
     sampler: dict[str, Any] = field(default_factory=dict)
     parity: dict[str, Any] = field(default_factory=dict)
+    ranges: dict[str, Any] = field(default_factory=dict)  # what a float16 graph keeps in float32, and why
+    dtype: str = "float32"  # in which the graph computes
+    target: str = "onnxruntime"  # whom it was made for
+    files: dict[str, str] = field(default_factory=dict)  # what else belongs to it, beside it: name -> sha256
 
 
 def manifest_path(file: Path) -> Path:
@@ -51,6 +57,10 @@ def load_manifest(file: Path) -> Manifest:
         manifest = Manifest(**values)
     except TypeError as error:
         raise ArtifactError(f"{manifest_path(file)}: {error}") from error
-    if sha256(file) != manifest.sha256:
-        raise ArtifactError(f"{file}: its bytes are not those its manifest describes; export it again")
+    for name, wanted in {file.name: manifest.sha256, **manifest.files}.items():
+        part = inside(file.parent, name)
+        if not part.is_file():
+            raise ArtifactError(f"{part}: no such file, though {manifest_path(file).name} names it; export it again")
+        if sha256(part) != wanted:
+            raise ArtifactError(f"{part}: its bytes are not those its manifest describes; export it again")
     return manifest

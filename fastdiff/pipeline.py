@@ -14,9 +14,11 @@ from torch import Tensor
 from fastdiff.backends import Spec, load_backend
 from fastdiff.backends.eager import ops_for
 from fastdiff.backends.in_memory import walk_of
-from fastdiff.errors import ArtifactError, PlanError, ShapeError
+from fastdiff.built import BuiltPipeline, is_built
+from fastdiff.errors import ArtifactError, PlanError
 from fastdiff.images import Output, to_images
 from fastdiff.integrations.schedulers import Sampler, from_diffusers_scheduler
+from fastdiff.labels import check_labels
 from fastdiff.models.files import inside, read_json
 from fastdiff.models.weights import MANIFEST, Model, ModelInfo, fingerprint, load_model, load_unet
 from fastdiff.sampling.clipping import Clip
@@ -33,7 +35,6 @@ from fastdiff.sampling.steering import Interval, Strength
 from fastdiff.text_to_image import TextToImage, load_folder, load_single_file
 
 BUNDLED = Path(__file__).parent / "bundled"
-MAX_BATCH = 4096
 INDEX = "model_index.json"
 UNCONDITIONAL = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 OUTPUTS = ("pil", "pt", "np")
@@ -51,6 +52,10 @@ def resolve(model: str | os.PathLike[str]) -> Path:
         names = ", ".join(sorted(entry.name for entry in BUNDLED.iterdir() if entry.is_dir()))
         raise ArtifactError(f"{model}: no such model folder; bundled models: {names}")
     return Path(model)
+
+
+def _path(artifact: str | os.PathLike[str] | None) -> Path | None:
+    return None if artifact is None else Path(artifact)
 
 
 class Pipeline:
@@ -102,8 +107,10 @@ class Pipeline:
             BackendError: if the backend is unknown or cannot run here.
         """
         folder = resolve(pretrained)
+        if is_built(folder):
+            raise ArtifactError(f"{folder}: was made by fastdiff build; load it with Pipeline.from_built")
         if (folder / INDEX).exists() and not (folder / MANIFEST).exists():
-            return cls._from_index(folder, device, dtype, backend, controlnet, variant, allow_pickle)
+            return cls._from_index(folder, device, dtype, backend, artifact, controlnet, variant, allow_pickle)
         model = load_model(folder, variant=variant, allow_pickle=allow_pickle)
         for kind, name, table in (
             ("path", model.info.path, PATHS),
@@ -112,7 +119,7 @@ class Pipeline:
             if name not in table:
                 raise ArtifactError(f"{model.folder}/fastdiff.json: {kind} is {name!r}; allowed: {', '.join(table)}")
         place = torch.device(device)
-        network = load_backend(backend, model, Spec(place, dtype, Path(artifact) if artifact else None))
+        network = load_backend(backend, model, Spec(place, dtype, _path(artifact)))
         return cls(model, network, place)
 
     @classmethod
@@ -122,6 +129,7 @@ class Pipeline:
         device: str | torch.device,
         dtype: torch.dtype,
         backend: str,
+        artifact: str | os.PathLike[str] | None,
         controlnet: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         variant: str | None,
         allow_pickle: bool,
@@ -130,16 +138,22 @@ class Pipeline:
         name = read_json(inside(folder, INDEX)).get("_class_name")
         how = {"variant": variant, "allow_pickle": allow_pickle}
         if name not in UNCONDITIONAL:
-            return load_folder(folder, controlnet=controlnet, device=device, dtype=dtype, backend=backend, **how)
+            where = {"device": device, "dtype": dtype, "backend": backend, "artifact": artifact}
+            return load_folder(folder, controlnet=controlnet, **where, **how)
         sampler = from_diffusers_scheduler(inside(folder, "scheduler"))
         place = torch.device(device)
         model = Model(load_unet(inside(folder, "unet"), **how), ModelInfo(), folder / "unet")
-        return cls(model, load_backend(backend, model, Spec(place, dtype, None)), place, sampler)
+        return cls(model, load_backend(backend, model, Spec(place, dtype, _path(artifact))), place, sampler)
 
     @classmethod
     def from_single_file(cls, file: str | os.PathLike[str], **options: Any) -> TextToImage:
         """Load one original checkpoint of Stable Diffusion 1.x, 2.x or XL; see ``fastdiff.text_to_image``."""
         return load_single_file(file, **options)
+
+    @classmethod
+    def from_built(cls, folder: str | os.PathLike[str], **options: Any) -> BuiltPipeline:
+        """Load what ``fastdiff build`` made; see ``BuiltPipeline.load``."""
+        return BuiltPipeline.load(folder, **options)
 
     def model_hash(self) -> str:
         """The SHA-256 of the weights, see ``fingerprint``."""
@@ -289,20 +303,8 @@ class Pipeline:
         Raises:
             ShapeError: naming the first label the model does not know.
         """
-        count, null = len(self.model.info.classes), self.model.info.null_label
-        if isinstance(repeat, bool) or not isinstance(repeat, int) or repeat < 1:
-            raise ShapeError(f"num_images_per_prompt is {repeat!r}; allowed: a whole number, 1 or more")
-        given = [class_labels] if class_labels is None or isinstance(class_labels, int) else list(class_labels)
-        if not given or len(given) * repeat > MAX_BATCH:
-            raise ShapeError(f"{len(given) * repeat} images asked for; allowed: 1 to {MAX_BATCH} in one call")
-        known = self.model.network.config.num_class_embeds is None or null is not None
-        for label in given:
-            if label is None and not known:
-                raise ShapeError(f"class label is None; allowed: 0 to {count - 1}, as this model has no null label")
-            if label is not None and (isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count):
-                allowed = f"0 to {count - 1}" if count else "none: the model has no classes"
-                raise ShapeError(f"class label is {label!r}; allowed: {allowed}")
-        return [null if label is None else label for label in given for _ in range(repeat)]
+        info, labelled = self.model.info, self.model.network.config.num_class_embeds is not None
+        return check_labels(class_labels, repeat, len(info.classes), info.null_label, labelled)
 
     def _like(self, guide: Pipeline) -> Network:
         """Return the network of a model that means the same by its inputs and outputs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,20 +14,19 @@ from small import make_folder
 
 pytest.importorskip("onnx", reason="export needs onnx (pip install 'fastdiff[onnx]')")
 pytest.importorskip("onnxruntime", reason="export needs onnxruntime (pip install 'fastdiff[onnx]')")
-pytest.importorskip("onnxscript", reason="export needs onnxscript (pip install 'fastdiff[onnx]')")
 
 from fastdiff import Pipeline  # noqa: E402
 from fastdiff.artifact import load_manifest, manifest_path  # noqa: E402
-from fastdiff.backends.ort import open_session  # noqa: E402
+from fastdiff.backends.ort_session import open_session  # noqa: E402
 from fastdiff.cli import main  # noqa: E402
 from fastdiff.errors import ArtifactError, PlanError  # noqa: E402
 from fastdiff.export import onnx as exporter  # noqa: E402
 from fastdiff.export import parity  # noqa: E402
 from fastdiff.export.onnx import export_sampler, export_unet  # noqa: E402
+from fastdiff.export.targets import target_of  # noqa: E402
 from fastdiff.models.files import sha256  # noqa: E402
 from fastdiff.models.weights import fingerprint, load_model  # noqa: E402
 
-# One level: the exporter takes seconds for every evaluation it unrolls.
 ONE_LEVEL = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
 CLOSE = 1e-4  # absolute, on images in [0, 1]: two libraries, several steps
 
@@ -73,16 +73,16 @@ def test_onnxruntime_samples_like_torch(pipes, options):
 
 def test_the_manifest_says_what_the_file_is(folder):
     manifest = load_manifest(folder / "unet.onnx")
-    assert manifest.kind == "unet" and manifest.opset == exporter.OPSET
+    assert manifest.kind == "unet" and manifest.opset == target_of("onnxruntime").opset
     assert manifest.inputs == {
-        "sample": ["float32", [-1, 1, 8, 8]],
-        "timestep": ["float32", [-1]],
-        "class_labels": ["int64", [-1]],
-        "target": ["float32", [-1]],
+        "sample": ["float32", ["batch", 1, "height", "width"]],
+        "timestep": ["float32", ["batch"]],
+        "class_labels": ["int64", ["batch"]],
+        "target": ["float32", ["batch"]],
     }
-    assert manifest.outputs == {"output": ["float32", [-1, 1, 8, 8]]}
+    assert manifest.outputs == {"output": ["float32", ["batch", 1, "height", "width"]]}
     assert manifest.sha256 == sha256(folder / "unet.onnx") and manifest.model_sha256 == fingerprint(folder)
-    assert set(manifest.parity) == {"1", "2", "3"}
+    assert set(manifest.parity) == {"batch 1, 8x8", "batch 2, 8x4", "batch 3, 4x8"}
     assert all(error["exported"] < 1e-5 for error in manifest.parity.values())
     assert not [name for name in os.listdir(folder) if name.endswith(".part")]
 
@@ -163,37 +163,88 @@ def test_a_stochastic_sampler_is_refused(folder, tmp_path, name):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("failing", ["exporter", "parity", "manifest"])
+@pytest.mark.parametrize("failing", ["write_graph", "check", "compare", "save_manifest"])
 def test_a_failing_export_leaves_nothing_behind(folder, tmp_path, monkeypatch, failing):
     def fail(*_, **__):
-        raise ArtifactError("it failed") if failing == "parity" else RuntimeError("it\nfailed")
+        raise ArtifactError("it failed")
 
-    if failing == "exporter":
-        monkeypatch.setattr(torch.onnx, "export", fail)
-    else:  # the file itself is made already
-        monkeypatch.setattr(exporter, "_write", lambda *a: shutil.copy(folder / "unet.onnx", a[-1]))
-        monkeypatch.setattr(exporter, "measure" if failing == "parity" else "save_manifest", fail)
-    with pytest.raises((ArtifactError, RuntimeError), match="failed") as caught:
+    monkeypatch.setattr(exporter, failing, fail)
+    with pytest.raises(ArtifactError, match="it failed"):
         export_unet(load_model(folder), tmp_path / "new.onnx")
-    if failing == "exporter":
-        assert isinstance(caught.value, ArtifactError) and "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == []
 
 
-def test_parity_refuses_a_file_of_one_batch(folder, tmp_path, monkeypatch):
+def test_parity_refuses_a_file_that_does_not_run(folder, tmp_path, monkeypatch):
     class OneBatch:
+        def get_inputs(self):
+            return []
+
+        get_outputs = get_inputs
+
         def run(self, *_):
             raise RuntimeError("Got: 1\nExpected: 2")
 
-    monkeypatch.setattr(exporter, "_write", lambda *a: shutil.copy(folder / "unet.onnx", a[-1]))
     monkeypatch.setattr(parity, "open_session", lambda *_: OneBatch())
-    with pytest.raises(ArtifactError, match="does not run at batch 1: Got: 1 Expected: 2"):
+    with pytest.raises(ArtifactError, match="does not run at batch 1, 8x8: Got: 1 Expected: 2"):
         export_unet(load_model(folder), tmp_path / "x.onnx")
+    assert os.listdir(tmp_path) == []
 
 
-def test_parity_refuses_a_file_that_is_not_the_network(folder, tmp_path, monkeypatch):
-    other = make_folder(tmp_path / "other", two_time=True, seed=1)
-    monkeypatch.setattr(exporter, "_write", lambda *a: shutil.copy(folder / "unet.onnx", a[-1]))
-    with pytest.raises(ArtifactError, match="the exported graph is off by"):
-        export_unet(load_model(other), tmp_path / "wrong.onnx")
-    assert os.listdir(tmp_path) == ["other"]
+def test_parity_names_the_first_layer_that_is_not_the_networks(folder, tmp_path, monkeypatch):
+    """The weights of one layer are spoiled on their way into the file."""
+    write = exporter.write_graph
+
+    def spoiled(graph, *places):
+        bad = "up_blocks.0.resnets.1.conv1.weight"
+        weight = graph.weights[bad]
+        graph.weights[bad] = dataclasses.replace(weight, source=weight.source * 1.01)
+        return write(graph, *places)
+
+    monkeypatch.setattr(exporter, "write_graph", spoiled)
+    with pytest.raises(ArtifactError, match=r"off by .*leaves the bound: up_blocks.0.resnets.1.conv1$"):
+        export_unet(load_model(folder), tmp_path / "wrong.onnx")
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_command_line_takes_types_targets_and_parts(folder, tmp_path, capsys):
+    file = tmp_path / "half.onnx"
+    options = ["--dtype", "float16", "--target", "tensorrt-rtx", "--split", "--external-data", "--per-layer"]
+    assert main(["export", "--model", str(folder), "--out", str(file), "--json", *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["kind"] == "step" and report["parity"]["layers"] and report["ranges"]["kept_in_float32"] == {}
+    assert report["files"] == ["half.onnx.data", "half.prepare.onnx", "half.prepare.onnx.data"]
+    assert main(["export", "--model", str(folder), "--out", str(tmp_path / "b.onnx"), "--dtype", "bfloat16"]) == 0
+    assert "does not compute in it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, problem",
+    [
+        (["--sampler", "ddim"], "--sampler belongs to --fuse-sampler N"),
+        (["--size", "8", "8"], "--size belongs to --fuse-sampler N"),
+        (["--fuse-sampler", "2", "--split"], "--split does not go with --fuse-sampler"),
+        (["--part", "decoder", "--control"], "--control is for --part unet, not decoder"),
+        (["--opset", "9"], "opset is 9; allowed for torch.float32: 18 to 23"),
+    ],
+)
+def test_options_that_do_not_fit_are_one_line(folder, tmp_path, capsys, options, problem):
+    assert main(["export", "--model", str(folder), "--out", str(tmp_path / "x.onnx"), *options]) == 2
+    error = capsys.readouterr().err
+    assert problem in error and error.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_text_model_from_the_command_line(tmp_path, capsys):
+    pytest.importorskip("diffusers", reason="needs diffusers (pip install 'fastdiff[test]')")
+    pytest.importorskip("transformers", reason="needs transformers (pip install 'fastdiff[text]')")
+    import tiny_pipelines as tiny
+
+    tiny.stable_diffusion(tmp_path).save_pretrained(tmp_path / "model")
+    commands = {"unet.onnx": [], "decoder.onnx": ["--part", "decoder"],
+                "sampler.onnx": ["--fuse-sampler", "2", "--size", "6", "8"]}  # fmt: skip
+    for name, options in commands.items():
+        file = tmp_path / name
+        assert main(["export", "--model", str(tmp_path / "model"), "--out", str(file), "--json", *options]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["kind"] == {"unet": "step"}.get(file.stem, file.stem) and report["parity"]
+    assert report["outputs"]["latents"][1] == ["batch", 4, 6, 8]

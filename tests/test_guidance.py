@@ -416,22 +416,25 @@ def test_the_command_line_takes_the_same_names(tmp_path, options, code):
 
 
 def test_a_guided_sampler_fits_into_one_onnx_file(tmp_path):
-    """The exporter traces the same loop; its file serves batches it was not traced with."""
+    """The exporter runs the same loop; its file serves every batch."""
     pytest.importorskip("onnx", reason="export needs onnx")
     runtime = pytest.importorskip("onnxruntime", reason="running the file needs onnxruntime")
-    from fastdiff.export.onnx import WholeSampler, _write
+    from fastdiff.export.sampler import Walk, eagerly, sampler_graph
+    from fastdiff.export.targets import target_of
+    from fastdiff.export.write import check, write_graph
 
     model = make_model()
     options = {"guidance": 3.0, "rule": APG(-0.5, 2.0), "clip": DynamicThreshold(0.9)}
-    table = build(PATH, Velocity(), DDIM(), uniform(PATH, 2), **options)
-    module = WholeSampler(model.network, table, False, 1.0, 3, 1)
-    example = {"noise": torch.randn(2, 1, 8, 8), "class_labels": torch.tensor([1, 0])}
-    _write(module.eval(), example, "images", tmp_path / "guided.onnx")
+    walk = Walk(build(PATH, Velocity(), DDIM(), uniform(PATH, 2), **options), 1.0, 3, 1)
+    file = tmp_path / "guided.onnx"
+    write_graph(sampler_graph(model.network, walk, target_of("onnxruntime"), torch.float32, (8, 8)), file, file)
+    check(file)
     session = runtime.InferenceSession(tmp_path / "guided.onnx", providers=["CPUExecutionProvider"])
     for batch in (1, 3):
         noise, labels = torch.randn(batch, 1, 8, 8), torch.arange(batch) % 3
         got = session.run(None, {"noise": noise.numpy(), "class_labels": labels.numpy()})[0]
-        assert (torch.from_numpy(got) - module(noise, labels)).abs().max() < 1e-4
+        wanted = eagerly(model.network, walk)({"noise": noise, "class_labels": labels})["images"]
+        assert (torch.from_numpy(got) - wanted).abs().max() < 1e-4
 
 
 def test_every_prediction_is_guided_alike():

@@ -20,6 +20,12 @@ def _onnxruntime(model: Model, spec: Spec) -> Network:
     return load(model, spec)
 
 
+def _tensorrt(model: Model, spec: Spec) -> Network:
+    from fastdiff.backends.trt import load
+
+    return load(model, spec)
+
+
 def _in_memory(name: str) -> Backend:
     def load(model: Model, spec: Spec) -> Network:
         from fastdiff.backends.eager import place
@@ -38,6 +44,7 @@ BACKENDS: dict[str, Backend] = {
     "captured_loop": _in_memory("captured_loop"),
     "compile": _compiled,
     "onnxruntime": _onnxruntime,
+    "tensorrt": _tensorrt,
 }
 
 

@@ -49,12 +49,35 @@ def prepare(network: Encoder, cond: Cond, times: Tensor) -> Prepared:
         PlanError: naming conditioning that a UNet does not read.
     """
     extra = dict(cond.extra or {})
+    told = laid_out(network.config.conditional, cond, times)
+    dtype = network.conv_in.weight.dtype
+    parts = dict(told.parts)
+    embedding = network.embed(told.times[:, 0], parts.pop("class_labels", None), told.times[:, 1], **parts)
+    time_rows = network.time_rows(embedding).view(-1, times.shape[1], network.row_width())
+    contexts = tuple(network.contexts(extra[TOKENS].to(dtype))) if TOKENS in extra else ()
+    return Prepared(time_rows, told.place, contexts, extra.get(CONCAT))
+
+
+class Told(NamedTuple):
+    """What is to be embedded: every row's times with each different conditioning."""
+
+    times: Tensor  # [U * R, 2]
+    parts: dict[str, Tensor]  # [U * R, ...] each
+    place: Tensor  # [places] int64, which of the U a place uses
+
+
+def laid_out(conditional: bool, cond: Cond, times: Tensor) -> Told:
+    """Lay out what is to be embedded, each different conditioning once; the rest of ``prepare``'s arguments.
+
+    Raises:
+        PlanError: naming conditioning that a UNet does not read, or lacks.
+    """
+    extra = dict(cond.extra or {})
     unknown = sorted(extra.keys() - set(PARTS))
     if unknown:
         raise PlanError(f"conditioning {', '.join(unknown)} is not read by a UNet; allowed: label, {', '.join(PARTS)}")
-    if network.config.conditional and TOKENS not in extra:
+    if conditional and TOKENS not in extra:
         raise PlanError(f"this network reads text: give {TOKENS}, [B, tokens, width]")
-    dtype = network.conv_in.weight.dtype
     told = {name: extra[name] for name in EMBEDDED if name in extra} | (
         {} if cond.label is None else {"class_labels": cond.label}
     )
@@ -69,12 +92,9 @@ def prepare(network: Encoder, cond: Cond, times: Tensor) -> Prepared:
     kept = times.shape[0] if chosen is None else len(chosen)
     flat = times.expand(kept, -1, -1).reshape(-1, 2)
     parts = {name: value[chosen].repeat_interleave(rows, 0) for name, value in told.items()}
-    embedding = network.embed(flat[:, 0], parts.pop("class_labels", None), flat[:, 1], **parts)
-    time_rows = network.time_rows(embedding).view(kept, rows, -1)
-    contexts = tuple(network.contexts(extra[TOKENS].to(dtype))) if TOKENS in extra else ()
     if not told and TOKENS in extra and times.shape[0] == 1:
         place = place.expand(len(extra[TOKENS]))
-    return Prepared(time_rows, place, contexts, extra.get(CONCAT))
+    return Told(flat, parts, place)
 
 
 def _different(told: dict[str, Tensor], times: Tensor, count: int) -> tuple[Tensor, Tensor]:

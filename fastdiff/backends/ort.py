@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdiff.artifact import load_manifest
+from fastdiff.artifact import Manifest, load_manifest
 from fastdiff.backends.base import Spec
-from fastdiff.errors import ArtifactError, BackendError
+from fastdiff.backends.eager import CONCAT, TOKENS, Prepared, laid_out
+from fastdiff.backends.ort_session import Runner, open_session
+from fastdiff.errors import ArtifactError, BackendError, PlanError
 from fastdiff.models.weights import Model, fingerprint
 from fastdiff.sampling.denoiser import Cond
 
@@ -18,59 +21,134 @@ FILE = "unet.onnx"
 
 
 class Inputs(NamedTuple):
-    """Prepared: the table's times and the labels, by place, on the host."""
+    """Prepared for a graph that computes everything at each step."""
 
-    times: Any  # numpy [1 or places, R, 2]
-    labels: Any | None
+    times: Tensor  # [1 or places, R, 2]
+    told: dict[str, Tensor]  # conditioning by the names of the graph's inputs, by place
+    concat: Tensor | None
 
 
-def open_session(file: Path, device: torch.device, threads: int | None = None) -> Any:
-    """Open an ONNX file with onnxruntime.
+def _joined(x: Tensor, concat: Tensor | None) -> Tensor:
+    """What the first convolution reads: the scaled state and, behind it, channels that no path scales."""
+    return x if concat is None else torch.cat([x, concat[: x.shape[0]].to(x.dtype)], dim=1)
+
+
+def _control(residuals: Sequence[Tensor], runner: Runner) -> dict[str, Tensor]:
+    """ControlNets' residuals by the names of the graph's inputs.
 
     Raises:
-        BackendError: if onnxruntime is missing, or did not load the provider the device needs (it would otherwise
-            fall back to the CPU without a word).
+        PlanError: if the graph was exported without them.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise BackendError("backend 'onnxruntime' is not installed: pip install 'fastdiff[onnx]'") from error
-    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device.type]
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    if device.type == "cuda":
-        onnxruntime.preload_dlls()
-    session = onnxruntime.InferenceSession(str(file), options, providers=[provider])
-    if session.get_providers()[0] != provider:
-        raise BackendError(
-            f"onnxruntime loaded {session.get_providers()} instead of {provider}: pip install onnxruntime-gpu"
-        )
-    return session
+    found = [name for name in runner.inputs if name.startswith("control_")]
+    if residuals and not found:
+        raise PlanError("this exported graph takes no ControlNet: export it with --control")
+    if not residuals and found:
+        raise PlanError("this exported graph needs a ControlNet's residuals: export it without --control")
+    return dict(zip(found, residuals, strict=True))
 
 
-class OrtNetwork:
-    """An exported UNet for the loop."""
+class WholeNetwork:
+    """One graph for a whole evaluation."""
 
-    def __init__(self, session: Any):
-        self.session = session
-        self.names = [entry.name for entry in session.get_inputs()]
+    dtype = torch.float32  # of what it is given
+
+    def __init__(self, runner: Runner):
+        self.runner = runner
 
     def prepare(self, cond: Cond, times: Tensor) -> Inputs:
         """See ``Network.prepare``."""
-        return Inputs(times.float().cpu().numpy(), None if cond.label is None else cond.label.cpu().numpy())
+        laid_out(TOKENS in self.runner.inputs, cond, times[:, :1])  # for its checks
+        told = dict(cond.extra or {}) | ({} if cond.label is None else {"class_labels": cond.label})
+        return Inputs(times.float(), told, told.pop(CONCAT, None))
 
-    def __call__(self, x: Tensor, row_index: Tensor, prepared: Inputs) -> Tensor:
-        """See ``Network.__call__``."""
-        batch, index = x.shape[0], row_index.cpu().numpy()
-        times = prepared.times
-        told = times[0, index] if times.shape[0] == 1 else times[range(batch), index]
-        feed = {"sample": x.contiguous().cpu().numpy(), "timestep": told[:, 0]}
-        if "target" in self.names:
-            feed["target"] = told[:, 1]
-        if prepared.labels is not None:
-            feed["class_labels"] = prepared.labels[:batch]
-        (output,) = self.session.run(None, feed)
-        return torch.from_numpy(output).to(x.device)
+    def __call__(self, x: Tensor, row_index: Tensor, prepared: Inputs, control: Sequence[Tensor] = ()) -> Tensor:
+        """See ``Network.__call__``; ``control``: of ``UNet.trunk``."""
+        batch, times = x.shape[0], prepared.times
+        told = times[0, row_index] if times.shape[0] == 1 else times[torch.arange(batch, device=x.device), row_index]
+        given = {name: value[:batch] for name, value in prepared.told.items()}
+        given |= {"timestep": told[:, 0].expand(batch), "target": told[:, 1].expand(batch)}
+        given |= _control(control, self.runner) | {"sample": _joined(x, prepared.concat)}
+        return self.runner(given)["output"].to(x.device)
+
+
+class SplitNetwork:
+    """Two graphs: one computes once what does not change, the other the rest, at each step."""
+
+    dtype = torch.float32
+
+    def __init__(self, once: Runner, step: Runner):
+        self.once, self.step = once, step
+        self.pairs = sum(name.startswith("keys_") for name in once.outputs)
+
+    def prepare(self, cond: Cond, times: Tensor) -> Prepared:
+        """See ``Network.prepare``; each different conditioning is embedded once."""
+        extra = dict(cond.extra or {})
+        told = laid_out(TOKENS in self.once.inputs, cond, times)
+        given = told.parts | {"timestep": told.times[:, 0], "target": told.times[:, 1]}
+        if TOKENS in extra:
+            given[TOKENS] = extra[TOKENS]
+        found = self.once(given)
+        rows = found["time_rows"]
+        contexts = tuple((found[f"keys_{i}"], found[f"values_{i}"]) for i in range(self.pairs))
+        return Prepared(rows.view(-1, times.shape[1], rows.shape[1]), told.place, contexts, extra.get(CONCAT))
+
+    def __call__(self, x: Tensor, row_index: Tensor, prepared: Prepared, control: Sequence[Tensor] = ()) -> Tensor:
+        """See ``Network.__call__``; ``control``: of ``UNet.trunk``."""
+        rows, contexts = prepared.at(row_index.to(prepared.place.device))
+        given = {"sample": _joined(x, prepared.concat), "time_rows": rows.expand(x.shape[0], -1)}
+        for i, (keys, values) in enumerate(contexts):
+            given |= {f"keys_{i}": keys, f"values_{i}": values}
+        return self.step(given | _control(control, self.step))["output"].to(x.device)
+
+
+OrtNetwork = WholeNetwork | SplitNetwork
+
+
+def network_from(
+    file: Path, device: torch.device, folder: Path | None, variant: str | None = None, graphs: bool = False
+) -> OrtNetwork:
+    """Open the exported form of a UNet.
+
+    Args:
+        file: of ``fastdiff export``, with its manifest and what that names beside it.
+        device: where to run it.
+        folder: with the weights that it must have been made from; None: not checked.
+        variant: of these weights.
+        graphs: on a GPU, replay each graph as one CUDA graph.
+
+    Raises:
+        ArtifactError: if a file is missing, damaged, holds something else, or was made from other weights.
+        BackendError: if onnxruntime cannot run it here.
+    """
+    if not file.exists():
+        source = f"--model {folder} " if folder else ""
+        raise ArtifactError(f"{file}: no such file; make it with: fastdiff export {source}--out {file}")
+    manifest = load_manifest(file)
+    if manifest.kind not in ("unet", "step"):
+        raise ArtifactError(f"{file}: holds a {manifest.kind}, which runs by itself; a 'unet' export is needed here")
+    if folder is not None and manifest.model_sha256 != fingerprint(folder, variant):
+        raise ArtifactError(f"{file}: was made from other weights than those of {folder}; export it again")
+    if manifest.dtype == "bfloat16" and device.type == "cpu":
+        raise BackendError(f"{file}: computes in bfloat16, which onnxruntime does on a GPU alone; export float32")
+
+    def runner(path: Path) -> Runner:
+        return Runner(open_session(path, device, graphs=graphs), device, graphs)
+
+    if manifest.kind == "unet":
+        return WholeNetwork(runner(file))
+    return SplitNetwork(runner(file.with_name(prepare_file(file, manifest))), runner(file))
+
+
+def prepare_file(file: Path, manifest: Manifest) -> str:
+    """The name of the graph that runs once.
+
+    Raises:
+        ArtifactError: if the manifest names none.
+    """
+    name = f"{file.stem}.prepare{file.suffix}"
+    if name not in manifest.files:
+        raise ArtifactError(f"{file}: its manifest does not name {name}; export it again")
+    return name
 
 
 def load(model: Model, spec: Spec) -> OrtNetwork:
@@ -82,12 +160,4 @@ def load(model: Model, spec: Spec) -> OrtNetwork:
     """
     if model.folder is None:
         raise ArtifactError("backend 'onnxruntime' needs a model that was loaded from a folder")
-    file = spec.artifact or model.folder / FILE
-    if not file.exists():
-        raise ArtifactError(f"{file}: no such file; make it with: fastdiff export --model {model.folder} --out {file}")
-    manifest = load_manifest(file)
-    if manifest.kind != "unet":
-        raise ArtifactError(f"{file}: holds a {manifest.kind}, which runs by itself; a 'unet' export is needed here")
-    if manifest.model_sha256 != fingerprint(model.folder):
-        raise ArtifactError(f"{file}: was made from other weights than those of {model.folder}; export it again")
-    return OrtNetwork(open_session(file, spec.device))
+    return network_from(spec.artifact or model.folder / FILE, spec.device, model.folder)

@@ -1,4 +1,4 @@
-"""The command line: ``fastdiff generate | export | bench | train | inspect``.
+"""The command line: ``fastdiff generate | export | build | bench | train | inspect``.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage. Every deliberate error is one line on stderr.
 """
@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from fastdiff.backends import BACKENDS
-from fastdiff.cli import generate
+from fastdiff.cli import build, export, generate
 from fastdiff.cli.common import show
 from fastdiff.errors import BackendError, FastdiffError, PlanError
 from fastdiff.models.config import UNetConfig
@@ -66,7 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     generate.add_options(add("generate", generate.generate, "Generate images and write them as PNG files.", model))
-    _export_options(add("export", export, "Export the network, or a whole sampler, to ONNX.", model))
+    export.add_options(add("export", export.export, "Export the network, or a whole sampler, to ONNX.", model))
+    build.add_options(add("build", build.build, "Make a folder that runs in production, or a model repository.", model))
     _bench_options(add("bench", bench, "Measure latency and quality beside the peers, in one run.", model))
     _train_options(add("train", train, "Train a UNet; resumes from its folder's checkpoint.", shared))
     command = add("inspect", inspect, "Show what a model folder or an exported file is.", shared)
@@ -76,41 +77,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="also report what this type costs in accuracy and gains in time on this CPU",
     )  # fmt: skip
     return parser
-
-
-def _export_options(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("--out", type=Path, default=Path("unet.onnx"), help="file to write (default: unet.onnx)")
-    add(
-        "--fuse-sampler",
-        type=int,
-        metavar="N",
-        help="put a whole N-step sampler into the file: noise in, images out",
-    )
-    add("--sampler", help="the sampler to fuse (default: flow_map for flow maps, else dpmpp_2m)")
-    add("--guidance-scale", type=float, help="strength to fuse (default: the model's own)")
-
-
-def export(options: argparse.Namespace) -> int:
-    """``fastdiff export``."""
-    try:
-        from fastdiff.export.onnx import export_sampler, export_unet
-    except ImportError as error:
-        raise BackendError(f"export needs {error.name}: pip install 'fastdiff[onnx]'") from error
-    loaded = load_model(resolve(options.model))
-    if options.fuse_sampler is None:
-        if options.sampler or options.guidance_scale is not None:
-            raise PlanError("--sampler and --guidance-scale belong to --fuse-sampler N")
-        manifest = export_unet(loaded, options.out)
-    else:
-        manifest = export_sampler(loaded, options.out, options.fuse_sampler, options.sampler, options.guidance_scale)
-    report = {"file": str(options.out), "kind": manifest.kind, "inputs": manifest.inputs,
-              "outputs": manifest.outputs, "parity": manifest.parity}  # fmt: skip
-    lines = [f"{options.out}: {manifest.kind}, opset {manifest.opset}, checked against torch in float64:"]
-    lines += [f"  batch {b}: relative error {e['exported']:.1e} (torch float32: {e['torch']:.1e})"
-              for b, e in manifest.parity.items()]  # fmt: skip
-    show(options, report, "\n".join(lines))
-    return 0
 
 
 def _bench_options(command: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from fastdiff.backends import BACKENDS
+from fastdiff.built import BuiltPipeline, is_built
 from fastdiff.cli.common import show
 from fastdiff.errors import ArtifactError, PlanError
 from fastdiff.pipeline import Pipeline
@@ -22,6 +23,8 @@ from fastdiff.text_to_image import TextToImage
 
 TEXT_STEPS = 50  # diffusers' default
 TEXT_ONLY = ("prompt", "negative_prompt", "height", "width", "image", "mask_image", "strength", "lora")
+MODEL_ONLY = ("steps", "sampler", "guidance_scale", "guidance_rescale", "guidance_interval", "clip", "grid", "eta",
+              "gamma", "artifact")  # fmt: skip
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -73,11 +76,18 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--dtype", default="float32", choices=sorted(DTYPES))
     add("--backend", default="auto", choices=sorted(BACKENDS))
     add("--artifact", type=Path, help="exported file, for backends that run one")
+    add("--preset", help="what to draw with, for folders that fastdiff build made (default: the folder's first)")
+    add("--trust", metavar="SHA256", help="hash that fastdiff build printed: take engines made on another machine")
     add("--out", type=Path, default=Path("out"), help="folder for the PNG files (default: out)")
 
 
 def generate(options: argparse.Namespace) -> int:
     """``fastdiff generate``."""
+    if is_built(Path(options.model)):
+        return _from_built(options)
+    for name in ("preset", "trust"):
+        if getattr(options, name):
+            raise PlanError(f"--{name} is for folders that fastdiff build made; {options.model} is not one")
     pipe = Pipeline.from_pretrained(
         options.model, device=options.device, dtype=DTYPES[options.dtype], backend=options.backend,
         artifact=options.artifact,
@@ -108,6 +118,24 @@ def generate(options: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     sampler, steps = pipe.choose(options.sampler, options.steps)
     facts = {"sampler": str(sampler), "steps": str(steps), "model": pipe.model_hash(), "software": "fastdiff"}
+    return _written(options, images, facts, seconds)
+
+
+def _from_built(options: argparse.Namespace) -> int:
+    for name in (*TEXT_ONLY, *MODEL_ONLY):
+        if getattr(options, name):
+            raise PlanError(f"--{name.replace('_', '-')} is for models; {options.model} was built: choose a --preset")
+    backend = "onnxruntime" if options.backend == "auto" else options.backend
+    pipe = BuiltPipeline.load(options.model, device=options.device, backend=backend, trust=options.trust)
+    labels = options.class_labels or list(range(len(pipe.folder.classes))) or None
+    latents = read_latents(options.latents) if options.latents else None
+    start = time.perf_counter()
+    images = pipe(labels, preset=options.preset, num_images_per_prompt=options.num_images_per_prompt,
+                  seed=options.seed, latents=latents).images  # fmt: skip
+    seconds = time.perf_counter() - start
+    made = pipe.folder.presets[pipe.folder.preset(options.preset)]
+    facts = {"sampler": made.sampler, "steps": str(made.num_inference_steps), "model": pipe.folder.model_sha256,
+             "software": "fastdiff"}  # fmt: skip
     return _written(options, images, facts, seconds)
 
 

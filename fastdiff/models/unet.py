@@ -360,7 +360,7 @@ class Encoder(nn.Module):
                 raise ShapeError(
                     "text_embeds and time_ids are needed by a network with addition_embed_type 'text_time'"
                 )
-            sizes = features(time_ids.flatten(), config.addition_time_embed_dim or 0).view(len(time_ids), -1)
+            sizes = features(time_ids.flatten(), config.addition_time_embed_dim or 0).view(time_ids.shape[0], -1)
             embedding = embedding + self.add_embedding(torch.cat([text_embeds.to(dtype), sizes], dim=1))
         if self.target_embedding is not None and target is not None:
             embedding = embedding + self._interval(timestep - target).to(dtype)

@@ -259,3 +259,12 @@ def fingerprint(folder: Path, variant: str | None = None) -> str:
         files.append(inside(folder, TARGET_WEIGHTS))
     hashes = [sha256(file) for file in files]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+
+def weights_hash(network: nn.Module) -> str:
+    """Return one hash of the weights of a network that came from no folder."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()

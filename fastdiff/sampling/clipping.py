@@ -73,10 +73,12 @@ def thresholded(x: Tensor, bound: Tensor, tail: Tensor, most: float) -> Tensor:
     last = x.shape[1] * x.shape[2] * x.shape[3] - 1
     kept = min(int(most * last) + 2, last + 1)
     largest = x.abs().flatten(1).topk(kept).values  # falling
-    place = (tail.flatten(1).clamp_min(0) * last).expand(x.shape[0], 1)
+    place = tail.flatten(1).clamp_min(0) * last
     below = place.floor()
     after = (below.long() + 1).clamp_max(kept - 1)
-    quantile = torch.lerp(largest.gather(1, below.long()), largest.gather(1, after), place - below)
+    quantile = torch.lerp(
+        torch.take_along_dim(largest, below.long(), 1), torch.take_along_dim(largest, after, 1), place - below
+    )
     threshold = torch.minimum(quantile[:, :, None, None].clamp_min(1), bound)
     dynamic = tail >= 0
     return clipped(x, torch.where(dynamic, threshold, bound)) / torch.where(dynamic, threshold, 1)

@@ -21,10 +21,10 @@ from fastdiff.models.controlnet import ControlNet, ControlNetConfig
 from fastdiff.models.files import find_weights, inside, read_json, read_metadata, read_tensors, shown
 from fastdiff.models.text import TextEncoder, text_encoder_of
 from fastdiff.models.unet import UNet
-from fastdiff.models.weights import load_strictly, load_unet
+from fastdiff.models.weights import fingerprint, load_strictly, load_unet
 from fastdiff.text_to_image.pipeline import Parts, TextToImage
 
-INDEX = "model_index.json"
+INDEX, EXPORTED = "model_index.json", ("onnxruntime", "tensorrt")
 # the kinds of calls that one loaded model answers, whichever of them the folder was saved by
 TEXT_TO_IMAGE = tuple(
     f"{family}{kind}Pipeline"
@@ -42,6 +42,7 @@ def load_folder(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
+    artifact: Source | None = None,
     variant: str | None = None,
     allow_pickle: bool = False,
 ) -> TextToImage:
@@ -53,7 +54,9 @@ def load_folder(
         controlnet: folders of ControlNets to load beside it.
         device: where to run.
         dtype: of the networks; the loop is float32, and so is an autoencoder that overflows in float16.
-        backend: of the UNet, see ``fastdiff.backends.in_memory.network_of``.
+        backend: of the UNet, ``"onnxruntime"``, ``"tensorrt"`` or one of ``fastdiff.backends.in_memory.network_of``.
+        artifact: the exported UNet, for ``"onnxruntime"`` (by default ``unet/unet.onnx`` in the folder), or its engine,
+            for ``"tensorrt"`` (``unet/unet.plan``). The weights of the UNet are not loaded then.
         variant: which of several weights, such as ``"fp16"``.
         allow_pickle: read pickled UNet and autoencoder weights where there are no safetensors.
 
@@ -69,7 +72,17 @@ def load_folder(
     if index.get("requires_aesthetics_score"):
         raise ArtifactError(f"{root / INDEX}: requires_aesthetics_score is true: SDXL's refiner is not supported")
     place, ops = _device(device)
-    unet = load_unet(_part(root, index, "unet"), dtype, ops, variant=variant, allow_pickle=allow_pickle)
+    home, exported = _part(root, index, "unet"), None
+    if backend in EXPORTED:
+        exported = _exported(backend, home, artifact, place, variant)
+        with torch.device("meta"):  # its sizes alone are asked for
+            unet = UNet(UNetConfig.from_dict(read_json(inside(home, "config.json"))))
+    elif artifact is not None:
+        raise ArtifactError(
+            f"an exported file ({artifact}) belongs to backend {' or '.join(EXPORTED)}, not to {backend!r}"
+        )
+    else:
+        unet = load_unet(home, dtype, ops, variant=variant, allow_pickle=allow_pickle)
     vae = load_autoencoder(_part(root, index, "vae"), dtype, _wide(ops), variant=variant, allow_pickle=allow_pickle)
     texts = tuple(
         TextEncoder.load(_part(root, index, words), _part(root, index, encoder), dtype, variant)
@@ -88,7 +101,19 @@ def load_folder(
         unet.config.addition_embed_type is not None,
         bool(index.get("force_zeros_for_empty_prompt", False)),
     )
-    return _assembled(parts, place, dtype, backend)
+    return _assembled(parts, place, dtype, backend, exported)
+
+
+def _exported(backend: str, home: Path, artifact: Source | None, place: torch.device, variant: str | None) -> Any:
+    """The UNet of a folder, exported, in another runtime."""
+    given = None if artifact is None else Path(artifact)
+    if backend == "onnxruntime":
+        from fastdiff.backends import ort
+
+        return ort.network_from(given or home / ort.FILE, place, home, variant)
+    from fastdiff.backends import trt
+
+    return trt.load_network(given or home / trt.FILE, place, fingerprint(home, variant))
 
 
 def load_single_file(
@@ -188,11 +213,13 @@ def _wide(ops: Ops) -> Ops:
     return ops._replace(attention=REFERENCE.attention)
 
 
-def _assembled(parts: Parts, place: torch.device, dtype: torch.dtype, backend: str) -> TextToImage:
+def _assembled(
+    parts: Parts, place: torch.device, dtype: torch.dtype, backend: str, exported: Any = None
+) -> TextToImage:
     if dtype == torch.float16 and getattr(parts.vae.config, "force_upcast", False):
         parts.vae.float()
-    for network in (parts.unet, parts.vae, *parts.controlnets):
+    for network in (*([] if exported else [parts.unet]), parts.vae, *parts.controlnets):
         network.to(place)
     for encoder in parts.text_encoders:
         encoder.to(place)
-    return TextToImage(parts, place, backend)
+    return TextToImage(parts, place, backend, exported)

@@ -64,12 +64,13 @@ class TextToImage:
         parts: the networks.
         device: where they are.
         backend: of ``fastdiff.backends.in_memory.network_of``.
+        exported: the UNet in another runtime, which then runs instead.
     """
 
-    def __init__(self, parts: Parts, device: torch.device, backend: str = "auto"):
+    def __init__(self, parts: Parts, device: torch.device, backend: str = "auto", exported: Any = None):
         self.parts, self.device = parts, device
-        self.network = network_of(parts.unet, backend)
-        named = {"unet": parts.unet}
+        self.network = exported or network_of(parts.unet, backend)
+        named = {} if exported else {"unet": parts.unet}
         for i, encoder in enumerate(parts.text_encoders):
             named["text_encoder" if i == 0 else f"text_encoder_{i + 1}"] = encoder.model
         self._loras = LoraSet(named)
@@ -82,7 +83,8 @@ class TextToImage:
         Not while a call runs. The weights keep their addresses.
 
         Raises:
-            ArtifactError: naming the first tensor that does not fit; nothing has changed then.
+            ArtifactError: naming the first tensor that does not fit; nothing has changed then. An exported UNet takes
+                no adapter: it is exported with one merged.
         """
         self._loras.load(adapter_name, read_lora(file))
         self._loras.set(self._loras.active | {adapter_name: 1.0})
