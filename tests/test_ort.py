@@ -313,7 +313,7 @@ def test_what_an_exported_text_model_cannot_do_is_said(texts, tmp_path):
     folder = texts["stable_diffusion"]
     with pytest.raises(ArtifactError, match="missing.onnx: no such file; make it with: fastdiff export"):
         Pipeline.from_pretrained(folder, backend="onnxruntime", artifact=tmp_path / "missing.onnx")
-    with pytest.raises(ArtifactError, match="belongs to backend 'onnxruntime', not to 'eager'"):
+    with pytest.raises(ArtifactError, match="belongs to backend 'onnxruntime' or 'tensorrt', not to 'eager'"):
         Pipeline.from_pretrained(folder, backend="eager", artifact=folder / "unet" / FILE)
     half = tmp_path / "half.onnx"
     model = Model(load_unet(folder / "unet"), ModelInfo(path="scaled_linear", prediction="eps"), folder / "unet")
