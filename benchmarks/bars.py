@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from fastdiff.benchmarks.environment import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,6 +52,37 @@ def suite(name: str, *arguments: str) -> Bar:
     )
     last = (done.stdout.strip().splitlines() or ["no output"])[-1]
     return Bar(name, last, "all pass", done.returncode == 0 and " passed" in last and "skipped" not in last)
+
+
+def command(
+    name: str, text: str, quick: str, bars: Callable[[bool, dict[str, Any]], Iterator[Bar]],
+    arguments: Sequence[str] | None,
+) -> int:  # fmt: skip
+    """Run a check with ``--quick`` and ``--out``, print its bars and return its exit code.
+
+    Args:
+        name: of the target in the Makefile.
+        text: for ``--help``.
+        quick: what ``--quick`` leaves out.
+        bars: makes the bars; may add details to the report it is given.
+        arguments: of the command line.
+    """
+    parser = argparse.ArgumentParser(description=text)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--out", type=Path, help="write bars and details to this JSON file")
+    options = parser.parse_args(arguments)
+    report: dict[str, Any] = {"command": f"make {name}" + (" QUICK=1" if options.quick else "")}
+    shown: list[Bar] = []
+
+    def kept() -> Iterator[Bar]:
+        for bar in bars(options.quick, report):
+            shown.append(bar)
+            yield bar
+
+    short = show(kept())
+    if options.out:
+        write_json(options.out, report | {"bars": [bar._asdict() for bar in shown]})
+    return short
 
 
 def show(bars: Iterable[Bar]) -> int:

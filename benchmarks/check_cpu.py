@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdiff.benchmarks.bars import Bar, at_most, show, suite
-from fastdiff.benchmarks.environment import environment, write_json
+from fastdiff.benchmarks.bars import Bar, at_most, command, suite
+from fastdiff.benchmarks.environment import environment
 from fastdiff.benchmarks.peers import QUICK, Case, measure
 from fastdiff.benchmarks.runtimes import RUNTIMES
 from fastdiff.benchmarks.scaling import by_batch, by_size, worst_step
@@ -126,22 +124,7 @@ def bars(quick: bool, report: dict[str, Any]) -> Iterator[Bar]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m fastdiff.benchmarks.check_cpu``."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, no torch.compile")
-    parser.add_argument("--out", type=Path, help="write bars and details to this JSON file")
-    options = parser.parse_args(arguments)
-    report: dict[str, Any] = {"command": "make check-cpu" + (" QUICK=1" if options.quick else "")}
-    shown: list[Bar] = []
-
-    def kept() -> Iterator[Bar]:
-        for bar in bars(options.quick, report):
-            shown.append(bar)
-            yield bar
-
-    short = show(kept())
-    if options.out:
-        write_json(options.out, report | {"bars": [bar._asdict() for bar in shown]})
-    return short
+    return command("check-cpu", __doc__.split("\n")[0], "fewer rounds, no torch.compile", bars, arguments)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ and peak memory are taken, then run in onnxruntime beside diffusers' own export 
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import subprocess
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.benchmarks.bars import ROOT, Bar, at_most, show, suite
+from fastdiff.benchmarks.bars import ROOT, Bar, at_most, command, suite
 from fastdiff.benchmarks.environment import environment
 from fastdiff.benchmarks.layouts import SD15, scaled
 from fastdiff.models.config import UNetConfig
@@ -151,22 +150,7 @@ def bars(quick: bool, report: dict[str, Any]) -> Iterator[Bar]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m fastdiff.benchmarks.check_export``."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="half the width, fewer rounds")
-    parser.add_argument("--out", type=Path, help="write bars and details to this JSON file")
-    options = parser.parse_args(arguments)
-    report: dict[str, Any] = {"command": "make check-export" + (" QUICK=1" if options.quick else "")}
-    shown: list[Bar] = []
-
-    def kept() -> Iterator[Bar]:
-        for bar in bars(options.quick, report):
-            shown.append(bar)
-            yield bar
-
-    short = show(kept())
-    if options.out:
-        write_text(options.out, json.dumps(report | {"bars": [bar._asdict() for bar in shown]}, indent=2) + "\n")
-    return short
+    return command("check-export", __doc__.split("\n")[0], "half the width, fewer rounds", bars, arguments)
 
 
 if __name__ == "__main__":

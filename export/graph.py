@@ -6,8 +6,7 @@ Names come from where in the network a value is made and from counting, so that 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +98,11 @@ class Graph:
         self.inputs[name] = value
         self._remember(value)
         return value
+
+    def drop_unread(self, names: Collection[str]) -> None:
+        """Take back those of these inputs that no node reads."""
+        read = {name for node in self._needed() for name in node.input}
+        self.inputs = {name: value for name, value in self.inputs.items() if name in read or name not in names}
 
     def output(self, name: str, value: Symbol) -> None:
         """Declare what the caller gets."""
@@ -214,15 +218,6 @@ class Graph:
         return Symbol(self, self._made[key], (1,), torch.int64)
 
     # --- where we are -----------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def scope(self, name: str) -> Iterator[None]:
-        """Name what is made inside after a layer."""
-        self._scope.append(name)
-        try:
-            yield
-        finally:
-            self._scope.pop()
 
     @property
     def here(self) -> str:

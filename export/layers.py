@@ -12,8 +12,9 @@ from torch import Tensor
 from fastdiff.errors import PlanError
 from fastdiff.export.dims import Size
 from fastdiff.export.graph import OWN
-from fastdiff.export.operators import as_symbol, binary, cast, permute, reshape
+from fastdiff.export.operators import as_symbol, binary, cast
 from fastdiff.export.ranges import LOGITS
+from fastdiff.export.shapes import permute, reshape
 from fastdiff.export.symbol import Symbol, becomes
 
 
@@ -56,7 +57,7 @@ def linear(x: Symbol, weight: Symbol, bias: Symbol | None = None) -> Symbol:
     made = graph.node("MatMul", [x, swapped], shape, x.dtype)
     adapter = graph.adapters.get(weight.weight.name)
     if adapter is not None:
-        down, up = adapter
+        down, up = (cast(factor, x.dtype) for factor in adapter)
         low = graph.node("MatMul", [x, down], (*x.shape[:-1], down.shape[1]), x.dtype)
         made = made + graph.node("MatMul", [low, up], shape, x.dtype)
     made = made if bias is None else made + bias

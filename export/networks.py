@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fastdiff.export import layers as _layers  # noqa: F401  (what layers become is registered when it is imported)
-from fastdiff.export import operators as _operators  # noqa: F401
+from fastdiff.export import shapes as _shapes  # noqa: F401
+from fastdiff.export.adapters import declare
 from fastdiff.export.dims import Dim, Size
 from fastdiff.export.graph import Graph
 from fastdiff.export.symbol import Symbol
@@ -89,11 +90,17 @@ def _control(graph: Graph, unet: UNet, dtype: torch.dtype) -> list[Symbol]:
 
 
 def whole_graph(
-    unet: UNet, target: Target, dtype: torch.dtype, control: bool = False, wide: Collection[str] = ()
+    unet: UNet,
+    target: Target,
+    dtype: torch.dtype,
+    control: bool = False,
+    wide: Collection[str] = (),
+    adapters: bool = False,
 ) -> Graph:
     """One evaluation, from what diffusers' UNets are given."""
     graph = Graph("unet", target)
     net = stand_in(unet, graph, dtype, wide)
+    factors = declare(graph, unet, dtype) if adapters else ()
     given: dict[str, Any] = {"sample": image_input(graph, unet.config).to(dtype)}
     given |= _declared(graph, embedded(unet), BATCH)
     if unet.config.conditional:
@@ -101,16 +108,20 @@ def whole_graph(
     if control:
         given["control"] = _control(graph, unet, dtype)
     graph.output("output", net(**given).to(torch.float32))
+    graph.drop_unread(factors)
     return graph
 
 
-def prepare_graph(unet: Encoder, target: Target, dtype: torch.dtype, wide: Collection[str] = ()) -> Graph:
+def prepare_graph(
+    unet: Encoder, target: Target, dtype: torch.dtype, wide: Collection[str] = (), adapters: bool = False
+) -> Graph:
     """What does not change from step to step: time rows ``[rows, P]``, and keys and values of the text.
 
     Times, labels and sizes have an axis of their own: a run has few different ones, however many images it draws.
     """
     graph = Graph("prepare", target)
     net = stand_in(unet, graph, dtype, wide)
+    factors = declare(graph, unet, dtype) if adapters else ()
     given: dict[str, Any] = dict(_declared(graph, embedded(unet), ROWS))
     rows = net.time_rows(net.embed(**given))
     graph.output("time_rows", rows.to(dtype))
@@ -125,6 +136,7 @@ def prepare_graph(unet: Encoder, target: Target, dtype: torch.dtype, wide: Colle
         shape = (BATCH, reads.conv_in.in_channels, HEIGHT * grown, WIDTH * grown)
         hint: Any = net.hint(graph.input("picture", shape, torch.float32).to(dtype))
         graph.output("hint", hint)
+    graph.drop_unread(factors)
     return graph
 
 
@@ -139,15 +151,22 @@ def pair_inputs(graph: Graph, unet: Encoder, dtype: torch.dtype) -> list[tuple[S
 
 
 def step_graph(
-    unet: UNet, target: Target, dtype: torch.dtype, control: bool = False, wide: Collection[str] = ()
+    unet: UNet,
+    target: Target,
+    dtype: torch.dtype,
+    control: bool = False,
+    wide: Collection[str] = (),
+    adapters: bool = False,
 ) -> Graph:
     """What runs at every step: ``UNet.trunk``, from what ``prepare_graph`` gives."""
     graph = Graph("step", target)
     net = stand_in(unet, graph, dtype, wide)
+    factors = declare(graph, unet, dtype) if adapters else ()
     x = image_input(graph, unet.config).to(dtype)
     rows = graph.input("time_rows", (BATCH, unet.row_width()), dtype)
     pairs: Sequence[Any] = pair_inputs(graph, unet, dtype) if unet.config.conditional else ()
     residuals: Sequence[Any] = _control(graph, unet, dtype) if control else ()
     y: Any = net.trunk(x, rows, pairs, residuals)  # type: ignore[arg-type]
     graph.output("output", y.to(torch.float32))
+    graph.drop_unread(factors)
     return graph

@@ -19,6 +19,7 @@ from fastdiff.models.files import one_line
 
 FACTOR = 2.0  # of torch's own error in the same type against float64, plus one unit in the last place
 MOST = 1e-4  # and in float32 never more than that, relative to the largest number
+LEAN = 1_000_000_000  # bytes of files from which no copy of the weights in another layout is kept
 Inputs = dict[str, Tensor]
 
 
@@ -146,7 +147,8 @@ def _sessions(files: Sequence[Path], layers: Sequence[tuple[int, str]]) -> Itera
     """Run the files one after the other, each with what the earlier ones gave; returns all that they give."""
     watching = [_with_outputs(file, [name for at, name in layers if at == i]) for i, file in enumerate(files)]
     try:
-        sessions = [open_session(file, torch.device("cpu")) for file in watching]
+        lean = sum(path.stat().st_size for file in files for path in file.parent.glob(f"{file.name}*")) > LEAN
+        sessions = [open_session(file, torch.device("cpu"), lean=lean) for file in watching]
     finally:
         for file, given in zip(watching, files, strict=True):
             if file != given:
@@ -157,7 +159,10 @@ def _sessions(files: Sequence[Path], layers: Sequence[tuple[int, str]]) -> Itera
         results: dict[str, Any] = {}
         for session in sessions:
             names = [entry.name for entry in session.get_outputs()]
-            feed = {entry.name: values[entry.name] for entry in session.get_inputs()}
+            feed = {
+                entry.name: values[entry.name].astype("float16") if "float16" in entry.type else values[entry.name]
+                for entry in session.get_inputs()
+            }
             results |= dict(zip(names, session.run(None, feed), strict=True))
             values |= results
         return {name: torch.from_numpy(value) for name, value in results.items()}

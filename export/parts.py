@@ -13,8 +13,9 @@ from fastdiff.artifact import Manifest
 from fastdiff.export.graph import Graph
 from fastdiff.export.latents import conditioning
 from fastdiff.export.networks import BATCH, HEIGHT, WIDTH, image_input, pair_inputs, prepare_graph
-from fastdiff.export.onnx import HALVED, USUAL, Options, Part, finish, measured, prepare_name
+from fastdiff.export.onnx import HALVED, prepare_name
 from fastdiff.export.parity import Inputs, Original
+from fastdiff.export.publish import USUAL, Options, Part, finish, measured
 from fastdiff.export.ranges import Ranges, ranges, too_large
 from fastdiff.export.targets import Target, target_of
 from fastdiff.export.trace import stand_in

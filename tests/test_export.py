@@ -20,8 +20,8 @@ from fastdiff.artifact import load_manifest, manifest_path  # noqa: E402
 from fastdiff.backends.ort_session import open_session  # noqa: E402
 from fastdiff.cli import main  # noqa: E402
 from fastdiff.errors import ArtifactError, PlanError  # noqa: E402
-from fastdiff.export import onnx as exporter  # noqa: E402
 from fastdiff.export import parity  # noqa: E402
+from fastdiff.export import publish as exporter  # noqa: E402
 from fastdiff.export.onnx import export_sampler, export_unet  # noqa: E402
 from fastdiff.export.targets import target_of  # noqa: E402
 from fastdiff.models.files import sha256  # noqa: E402
@@ -184,7 +184,7 @@ def test_parity_refuses_a_file_that_does_not_run(folder, tmp_path, monkeypatch):
         def run(self, *_):
             raise RuntimeError("Got: 1\nExpected: 2")
 
-    monkeypatch.setattr(parity, "open_session", lambda *_: OneBatch())
+    monkeypatch.setattr(parity, "open_session", lambda *_, **__: OneBatch())
     with pytest.raises(ArtifactError, match="does not run at batch 1, 8x8: Got: 1 Expected: 2"):
         export_unet(load_model(folder), tmp_path / "x.onnx")
     assert os.listdir(tmp_path) == []

@@ -22,7 +22,8 @@ from fastdiff.artifact import load_manifest  # noqa: E402
 from fastdiff.benchmarks.layouts import LAYOUTS, scaled  # noqa: E402
 from fastdiff.benchmarks.unet_parity import scramble  # noqa: E402
 from fastdiff.errors import PlanError  # noqa: E402
-from fastdiff.export.onnx import Options, export_sampler, export_unet  # noqa: E402
+from fastdiff.export.onnx import export_sampler, export_unet  # noqa: E402
+from fastdiff.export.publish import Options  # noqa: E402
 from fastdiff.export.targets import DTYPES, TARGETS, target_of  # noqa: E402
 from fastdiff.models.config import UNetConfig  # noqa: E402
 from fastdiff.models.unet import UNet  # noqa: E402
@@ -133,7 +134,8 @@ def test_the_same_bytes_in_every_process(tmp_path):
     """Also where hashes of strings differ; weights in a file of their own and in the graph."""
     folder = make_folder(tmp_path / "model", two_time=True)
     program = (
-        "import sys; from fastdiff.export.onnx import *; from fastdiff.models.weights import load_model; "
+        "import sys; from fastdiff.export.onnx import export_unet; "
+        "from fastdiff.export.publish import Options; from fastdiff.models.weights import load_model; "
         "from pathlib import Path; "
         "[export_unet(load_model(sys.argv[1]), Path(sys.argv[2]) / how, split=True, options=Options("
         "external_data=how == 'apart.onnx', parity=False)) for how in ('apart.onnx', 'inside.onnx')]"

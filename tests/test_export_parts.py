@@ -14,8 +14,9 @@ pytest.importorskip("onnxruntime", reason="export needs onnxruntime (pip install
 from fastdiff.artifact import load_manifest  # noqa: E402
 from fastdiff.benchmarks.layouts import SD15, SDXL, scaled  # noqa: E402
 from fastdiff.benchmarks.unet_parity import scramble  # noqa: E402
-from fastdiff.export.onnx import Options, export_unet  # noqa: E402
+from fastdiff.export.onnx import export_unet  # noqa: E402
 from fastdiff.export.parts import export_controlnet, export_decoder  # noqa: E402
+from fastdiff.export.publish import Options  # noqa: E402
 from fastdiff.export.ranges import MOST, too_large  # noqa: E402
 from fastdiff.export.targets import DTYPES  # noqa: E402
 from fastdiff.models.autoencoder import AutoencoderKL, AutoencoderKLConfig  # noqa: E402

@@ -21,7 +21,8 @@ from fastdiff.backends.onnx_files import check_external_data  # noqa: E402
 from fastdiff.backends.ort import FILE  # noqa: E402
 from fastdiff.backends.ort_session import Runner, open_session  # noqa: E402
 from fastdiff.errors import ArtifactError, BackendError, PlanError, ShapeError  # noqa: E402
-from fastdiff.export.onnx import Options, export_unet  # noqa: E402
+from fastdiff.export.onnx import export_unet  # noqa: E402
+from fastdiff.export.publish import Options  # noqa: E402
 from fastdiff.models.weights import Model, ModelInfo, load_model, load_unet  # noqa: E402
 
 CLOSE = 1e-4  # of pictures in [0, 1]: two libraries, several steps
@@ -313,7 +314,7 @@ def test_what_an_exported_text_model_cannot_do_is_said(texts, tmp_path):
     folder = texts["stable_diffusion"]
     with pytest.raises(ArtifactError, match="missing.onnx: no such file; make it with: fastdiff export"):
         Pipeline.from_pretrained(folder, backend="onnxruntime", artifact=tmp_path / "missing.onnx")
-    with pytest.raises(ArtifactError, match="belongs to backend 'onnxruntime', not to 'eager'"):
+    with pytest.raises(ArtifactError, match="belongs to backend 'onnxruntime' or 'tensorrt', not to 'eager'"):
         Pipeline.from_pretrained(folder, backend="eager", artifact=folder / "unet" / FILE)
     half = tmp_path / "half.onnx"
     model = Model(load_unet(folder / "unet"), ModelInfo(path="scaled_linear", prediction="eps"), folder / "unet")
@@ -332,3 +333,94 @@ def test_residuals_and_graphs_must_agree(texts):
         network(torch.zeros(1, 4, 8, 8), torch.zeros(1, dtype=torch.int64), prepared, [torch.zeros(1)])
     with pytest.raises(PlanError, match="this network reads text"):
         network.prepare(Cond(), torch.ones(1, 1, 2))
+
+
+def test_adapters_are_inputs(tmp_path):
+    """Two at once give what merging both gives; without any the network is itself; others are named."""
+    from fastdiff.backends.eager import UNetNetwork
+    from fastdiff.backends.ort import network_from, set_adapters
+    from fastdiff.benchmarks.layouts import SD15, scaled
+    from fastdiff.benchmarks.unet_parity import scramble
+    from fastdiff.models.config import UNetConfig
+    from fastdiff.models.lora import LoraSet, read_lora
+    from fastdiff.models.unet import UNet
+    from fastdiff.sampling.denoiser import Cond
+
+    unet = UNet(UNetConfig.from_dict(scaled(SD15, 8) | {"sample_size": 8})).eval().requires_grad_(False)
+    scramble(unet, 0)
+    model = Model(unet, ModelInfo(path="scaled_linear", prediction="eps"))
+    manifest = export_unet(model, tmp_path / FILE, adapters=True)
+    # of 10 linear layers of each of 16 transformers, two read the text: those are inputs of the graph that runs once
+    assert sum(name.endswith(".lora_up") for name in manifest.inputs) == 16 * 8
+    network = network_from(tmp_path / FILE, CPU, None)
+    layers = {"attn1.to_q": 3, "attn2.to_k": 2, "attn2.to_out.0": 4, "ff.net.0.proj": 1}
+    start, draw = "mid_block.attentions.0.transformer_blocks.0.", torch.Generator().manual_seed(0)
+
+    def adapter(ranks):
+        tensors = {}
+        for name, rank in ranks.items():
+            weight = unet.get_submodule(start + name).weight
+            tensors[f"unet.{start}{name}.lora_A.weight"] = torch.randn(rank, weight.shape[1], generator=draw)
+            tensors[f"unet.{start}{name}.lora_B.weight"] = 0.1 * torch.randn(weight.shape[0], rank, generator=draw)
+        return read_lora(tensors)
+
+    both = [(adapter(layers), 0.7), (adapter({"attn1.to_q": 2}), -0.4)]
+    cond = Cond(None, {"encoder_hidden_states": torch.randn(2, 5, 96)})
+    x, index, times = torch.randn(2, 4, 8, 8), torch.zeros(2, dtype=torch.int64), torch.full((1, 1, 2), 500.0)
+
+    def run(net):
+        return net(x, index, net.prepare(cond, times))
+
+    plain = run(UNetNetwork(unet))
+    assert (run(network) - plain).abs().max() <= CLOSE * plain.abs().max()
+    loras = LoraSet({"unet": unet})
+    for i, (lora, _) in enumerate(both):
+        loras.load(str(i), lora)
+    loras.set({"0": 0.7, "1": -0.4})
+    wanted = run(UNetNetwork(unet))
+    set_adapters(network, both)
+    assert (wanted - plain).abs().max() > 0.01 * plain.abs().max()
+    assert (run(network) - wanted).abs().max() <= CLOSE * wanted.abs().max()
+    foreign = {
+        "unet.conv_in.lora_A.weight": torch.randn(2, 4, 3, 3),
+        "unet.conv_in.lora_B.weight": torch.randn(40, 2, 1, 1),
+    }
+    with pytest.raises(
+        PlanError, match="conv_in.lora_A.weight' changes a layer that the exported graph takes no adapter"
+    ):
+        set_adapters(network, [(read_lora(foreign), 1.0)])
+    assert (run(network) - wanted).abs().max() <= CLOSE * wanted.abs().max()
+    set_adapters(network, [])
+    assert (run(network) - plain).abs().max() <= CLOSE * plain.abs().max()
+    export_unet(model, tmp_path / "fixed.onnx", options=Options(parity=False))
+    with pytest.raises(PlanError, match="takes no adapters: export it with --adapters"):
+        set_adapters(network_from(tmp_path / "fixed.onnx", CPU, None), both)
+
+
+def test_a_diffusers_pipeline_runs_its_steps_in_onnxruntime(texts, tmp_path):
+    import diffusers
+
+    from fastdiff import optimize, summary
+
+    folder = texts["stable_diffusion"]
+    call = {"num_inference_steps": 3, "height": 24, "width": 16, "output_type": "np"}
+
+    def picture(pipe):
+        return pipe("a cat", generator=torch.Generator().manual_seed(0), **call).images
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    wanted = picture(pipe)
+    other = diffusers.UNet2DConditionModel.from_config(pipe.unet.config)
+    with pytest.raises(ArtifactError, match="was made from other weights: its result is off by"):
+        optimize(SimpleNamespace(components={"unet": other}), "onnxruntime", folder / "unet" / FILE)
+    with pytest.raises(PlanError, match="'auto' alone, 'onnxruntime' with one"):
+        optimize(pipe, "onnxruntime")
+    optimize(pipe, "onnxruntime", folder / "unet" / FILE)
+    assert np.abs(picture(pipe) - wanted).max() <= CLOSE
+    text = summary(pipe)
+    assert "steps in onnxruntime" in text and "0 left to diffusers" in text
+    with torch.no_grad():
+        pipe.unet.conv_out.weight.mul_(0.5)
+    changed = picture(pipe)
+    assert np.abs(changed - wanted).max() > CLOSE and "weights changed after the exported graph" in summary(pipe)

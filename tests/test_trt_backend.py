@@ -281,5 +281,5 @@ def test_text_to_image_takes_an_engine_too(tmp_path):
     tiny.stable_diffusion(tmp_path).save_pretrained(tmp_path / "model")
     with pytest.raises(ArtifactError, match="unet.unet.plan: no such file; fastdiff build --engine makes"):
         Pipeline.from_pretrained(tmp_path / "model", backend="tensorrt")
-    with pytest.raises(ArtifactError, match="belongs to backend onnxruntime or tensorrt, not to 'eager'"):
+    with pytest.raises(ArtifactError, match="belongs to backend 'onnxruntime' or 'tensorrt', not to 'eager'"):
         Pipeline.from_pretrained(tmp_path / "model", backend="eager", artifact="x.plan")

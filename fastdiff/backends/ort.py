@@ -12,8 +12,11 @@ from torch import Tensor
 from fastdiff.artifact import Manifest, load_manifest
 from fastdiff.backends.base import Spec
 from fastdiff.backends.eager import CONCAT, TOKENS, Prepared, laid_out
+from fastdiff.backends.ort_adapters import adapt
 from fastdiff.backends.ort_session import Runner, open_session
 from fastdiff.errors import ArtifactError, BackendError, PlanError
+from fastdiff.models.lora import Lora
+from fastdiff.models.unet import TokenPair
 from fastdiff.models.weights import Model, fingerprint
 from fastdiff.sampling.denoiser import Cond
 
@@ -95,13 +98,24 @@ class SplitNetwork:
     def __call__(self, x: Tensor, row_index: Tensor, prepared: Prepared, control: Sequence[Tensor] = ()) -> Tensor:
         """See ``Network.__call__``; ``control``: of ``UNet.trunk``."""
         rows, contexts = prepared.at(row_index.to(prepared.place.device))
-        given = {"sample": _joined(x, prepared.concat), "time_rows": rows.expand(x.shape[0], -1)}
+        return self.trunk(_joined(x, prepared.concat), rows, contexts, control)
+
+    def trunk(
+        self, x: Tensor, time_rows: Tensor, contexts: Sequence[TokenPair] = (), control: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """As ``UNet.trunk``."""
+        given = {"sample": x, "time_rows": time_rows.expand(x.shape[0], -1)}
         for i, (keys, values) in enumerate(contexts):
             given |= {f"keys_{i}": keys, f"values_{i}": values}
         return self.step(given | _control(control, self.step))["output"].to(x.device)
 
 
 OrtNetwork = WholeNetwork | SplitNetwork
+
+
+def set_adapters(network: OrtNetwork, adapters: Sequence[tuple[Lora, float]]) -> None:
+    """Compute with these LoRA adapters and strengths, and no others; see ``adapt``."""
+    adapt([network.runner] if isinstance(network, WholeNetwork) else [network.once, network.step], adapters)
 
 
 def network_from(
@@ -134,9 +148,13 @@ def network_from(
     def runner(path: Path) -> Runner:
         return Runner(open_session(path, device, graphs=graphs), device, graphs)
 
+    network: OrtNetwork
     if manifest.kind == "unet":
-        return WholeNetwork(runner(file))
-    return SplitNetwork(runner(file.with_name(prepare_file(file, manifest))), runner(file))
+        network = WholeNetwork(runner(file))
+    else:
+        network = SplitNetwork(runner(file.with_name(prepare_file(file, manifest))), runner(file))
+    set_adapters(network, ())
+    return network
 
 
 def prepare_file(file: Path, manifest: Manifest) -> str:

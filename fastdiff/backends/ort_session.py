@@ -30,6 +30,7 @@ def open_session(
     threads: int | None = None,
     sizes: Mapping[str, int] | None = None,
     graphs: bool = False,
+    lean: bool = False,
 ) -> Any:
     """Open an ONNX file with onnxruntime.
 
@@ -39,6 +40,7 @@ def open_session(
         threads: for one operator; as many as torch uses unless given.
         sizes: numbers for sizes that the graph leaves free (``{"batch": 1}``); it then takes no other.
         graphs: on a GPU, replay the whole graph as one CUDA graph.
+        lean: keep no second copy of the weights, laid out for speed.
 
     Raises:
         ArtifactError: if the file is damaged, or its weights lie elsewhere.
@@ -60,6 +62,9 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3  # errors; it warns of every constant that it cannot fold
+    if lean:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     for name, size in (sizes or {}).items():
         options.add_free_dimension_override_by_name(name, size)
     chosen: Any = provider
@@ -91,6 +96,7 @@ class Runner:
         self.session, self.device, self.graphs = session, device, graphs
         self.inputs = {entry.name: entry for entry in session.get_inputs()}
         self.outputs = {entry.name: entry for entry in session.get_outputs()}
+        self.usual: dict[str, Tensor] = {}  # inputs that are taken where none is given
         self._buffers: dict[Any, tuple[int, dict[str, Tensor], dict[str, Tensor]]] = {}
 
     def __call__(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,9 +107,10 @@ class Runner:
         """
         feed = {}
         for name, entry in self.inputs.items():
-            if name not in given:
+            value = given.get(name, self.usual.get(name))
+            if value is None:
                 raise ShapeError(f"the exported graph needs {name}, {entry.shape}; given: {', '.join(given)}")
-            feed[name] = given[name].to(self.device, _TYPES[entry.type][0]).contiguous()
+            feed[name] = value.to(self.device, _TYPES[entry.type][0]).contiguous()
         if self.device.type == "cpu":
             results = self.session.run(list(self.outputs), {name: value.numpy() for name, value in feed.items()})
             return {name: torch.from_numpy(value) for name, value in zip(self.outputs, results, strict=True)}

@@ -35,6 +35,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--split", action=argparse.BooleanOptionalAction,
         help="two graphs, one for what is computed once for a run (default: for networks that read text)")  # fmt: skip
     add("--control", action="store_true", help="take the residuals of ControlNets as inputs")
+    add("--adapters", action="store_true", help="take the factors of LoRA adapters as inputs")
     add("--lora", type=Path, nargs="+", default=[], metavar="FILE", help="LoRA files to merge first")
     add("--fuse-sampler", type=int, metavar="N", help="put a whole N-step sampler into the file: noise in, images out")
     add("--sampler", help="the sampler to fuse (default: flow_map for flow maps, else dpmpp_2m)")
@@ -47,7 +48,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def export(options: argparse.Namespace) -> int:
     """``fastdiff export``."""
     try:
-        from fastdiff.export.onnx import Options
+        from fastdiff.export.publish import Options
     except ImportError as error:
         raise BackendError(f"export needs {error.name}: pip install 'fastdiff[onnx]'") from error
     how = Options(
@@ -66,11 +67,11 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("sampler", "guidance_scale", "size"):
         if getattr(options, name) is not None and options.fuse_sampler is None:
             raise PlanError(f"--{name.replace('_', '-')} belongs to --fuse-sampler N")
-    for name in ("split", "control"):
+    for name in ("split", "control", "adapters"):
         if getattr(options, name) and options.fuse_sampler is not None:
             raise PlanError(f"--{name} does not go with --fuse-sampler: a fused sampler is one graph")
     if options.part != "unet":
-        given = [name for name in ("fuse_sampler", "split", "control", "lora") if getattr(options, name)]
+        given = [name for name in ("fuse_sampler", "split", "control", "adapters", "lora") if getattr(options, name)]
         if given:
             raise PlanError(f"--{given[0].replace('_', '-')} is for --part unet, not {options.part}")
 
@@ -87,7 +88,13 @@ def _unet(options: argparse.Namespace, how: Any) -> Any:
         model = Model(model.network, model.info)  # no longer the weights of its folder
     if options.fuse_sampler is None:
         return export_unet(
-            model, options.out, split=options.split, control=options.control, trained=trained, options=how
+            model,
+            options.out,
+            split=options.split,
+            control=options.control,
+            adapters=options.adapters,
+            trained=trained,
+            options=how,
         )
     size = tuple(options.size) if options.size else None
     return export_sampler(

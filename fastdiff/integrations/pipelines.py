@@ -20,9 +20,11 @@ is kept follows it at the next run.
 from __future__ import annotations
 
 import inspect
+import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -32,13 +34,15 @@ from torch import Tensor, nn
 from fastdiff.backends.flat import FlatTrunk
 from fastdiff.backends.native import NativeTrunk
 from fastdiff.errors import PlanError
-from fastdiff.integrations.binding import Binding, LeftAlone, build, is_unet, stamp
+from fastdiff.integrations.binding import Binding, LeftAlone, Stamps, build, is_unet, stamp
+from fastdiff.integrations.exported import exported_trunk
 from fastdiff.kernels import CPU, REFERENCE, Ops, triton_ops
 from fastdiff.kernels.native import Unavailable
 from fastdiff.models.config import CONDITIONAL
 from fastdiff.models.unet import TokenPair, UNet
 
 Pipe = TypeVar("Pipe")
+EXPORTED = "onnxruntime"
 RUNS = 2  # conditioning tensors remembered: guidance may alternate between two
 PLAIN_ARGUMENTS = ("sample", "timestep", "class_labels", "return_dict")
 ARGUMENTS = (
@@ -53,7 +57,7 @@ NOT_OURS = {  # arguments that no code of ours reads: they must be None
 }
 
 
-def optimize(pipe: Pipe) -> Pipe:
+def optimize(pipe: Pipe, backend: str = "auto", artifact: str | os.PathLike[str] | None = None) -> Pipe:
     """Let a diffusers pipeline run its UNet in our code: same calls, same callbacks, same LoRA calls, faster.
 
     Every component that is a ``UNet2DModel`` or ``UNet2DConditionModel`` which we know gets a new ``forward``, and its
@@ -62,16 +66,29 @@ def optimize(pipe: Pipe) -> Pipe:
 
     Args:
         pipe: a diffusers pipeline.
+        backend: ``"auto"``, or ``"onnxruntime"``: what runs at every step is then the graph in ``artifact``, made by
+            ``fastdiff export`` of this UNet. While LoRA adapters are active, or after a weight changed, the calls are
+            left to diffusers.
+        artifact: the exported file.
 
     Returns:
         The same pipeline.
 
     Raises:
-        PlanError: if ``pipe`` has no components.
+        PlanError: if ``pipe`` has no components, or the options do not fit.
+        ArtifactError: if the file is damaged, or does not compute what the UNet does; nothing was changed then.
+        BackendError: if onnxruntime cannot run it here.
     """
-    for component in _components(pipe).values():
-        if _why_left_alone(component) is None:
-            _install(component)
+    if backend not in ("auto", EXPORTED) or (backend == EXPORTED) != (artifact is not None):
+        raise PlanError(
+            f"backend is {backend!r} and artifact {artifact!r}; allowed: 'auto' alone, {EXPORTED!r} with one"
+        )
+    found = [component for component in _components(pipe).values() if _why_left_alone(component) is None]
+    if artifact is not None and len(found) != 1:
+        raise PlanError(f"{len(found)} components can be sped up; an exported file is for exactly one")
+    for component in found:
+        trunk = None if artifact is None else exported_trunk(Path(artifact), component)
+        _install(component, trunk)
     return pipe
 
 
@@ -146,7 +163,7 @@ def _why_left_alone(component: object) -> str | None:
     return Binding(component, ours).reason
 
 
-def _install(unet: Any) -> None:
+def _install(unet: Any, exported: Callable[..., Tensor] | None = None) -> None:
     changed = []
     with torch.no_grad():
         for parameter in unet.parameters():
@@ -154,7 +171,7 @@ def _install(unet: Any) -> None:
                 # one at a time, so that no second copy of the network ever exists
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
                 changed.append(weakref.ref(parameter))
-    unet.forward = Faster(unet, changed)
+    unet.forward = Faster(unet, changed, exported)
 
 
 class _Run:
@@ -195,9 +212,10 @@ class Faster:
     Args:
         unet: a UNet that ``build`` knows. Only a weak reference is kept.
         changed: weak references to the parameters whose layout was changed.
+        exported: what runs at every step instead of the trunk.
     """
 
-    def __init__(self, unet: Any, changed: list[Any]):
+    def __init__(self, unet: Any, changed: list[Any], exported: Callable[..., Tensor] | None = None):
         self._network, self._changed = weakref.ref(unet), changed
         self._binding = Binding(unet, build(unet))
         self._conditional = type(unet).__name__ == CONDITIONAL
@@ -205,6 +223,8 @@ class Faster:
         self._fed: Any = None
         self._ops: dict[str, Ops] = {"cpu": CPU}
         self._planned: dict[str, Callable[..., Tensor]] = {}  # by kind of device
+        self._exported, self._weights = exported, Stamps(unet.parameters() if exported else ())
+        self._weights_then = self._weights.now()
         self._last = float("inf")  # the time of the last call
         self.enabled = True
         self.calls, self.fallbacks = 0, Counter[str]()
@@ -245,6 +265,8 @@ class Faster:
         merged = f", LoRA adapters merged into {self._binding.merged} layers" if self._binding.merged else ""
         kept = "text keys and values kept between steps, " if self._conditional else ""
         where = next(unet.parameters()).device.type
+        if self._exported is not None:
+            return f"sped up: {kept}steps in onnxruntime"
         fused = ", fused kernels" if where == "cuda" and self._ops.get(where, REFERENCE) is not REFERENCE else ""
         return f"sped up: {kept}channels-last, weights shared{fused}{merged}"
 
@@ -355,6 +377,12 @@ class Faster:
 
     def _trunk(self, network: UNet, sample: Tensor, again: bool) -> Callable[..., Tensor]:
         """What runs at every step: a plan of fused ops, where it can be had; ``again``: a run begins."""
+        if self._exported is not None:
+            if self._binding.merged:
+                raise LeftAlone("LoRA adapters are active, which the exported graph does not have")
+            if self._weights.now() != self._weights_then:
+                raise LeftAlone("weights changed after the exported graph was opened")
+            return self._exported
         device = sample.device.type
         if device not in ("cpu", "cuda") or (device == "cpu" and sample.dtype != torch.float32):
             return network.trunk

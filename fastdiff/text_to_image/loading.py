@@ -78,9 +78,8 @@ def load_folder(
         with torch.device("meta"):  # its sizes alone are asked for
             unet = UNet(UNetConfig.from_dict(read_json(inside(home, "config.json"))))
     elif artifact is not None:
-        raise ArtifactError(
-            f"an exported file ({artifact}) belongs to backend {' or '.join(EXPORTED)}, not to {backend!r}"
-        )
+        owners = " or ".join(map(repr, EXPORTED))
+        raise ArtifactError(f"an exported file ({artifact}) belongs to backend {owners}, not to {backend!r}")
     else:
         unet = load_unet(home, dtype, ops, variant=variant, allow_pickle=allow_pickle)
     vae = load_autoencoder(_part(root, index, "vae"), dtype, _wide(ops), variant=variant, allow_pickle=allow_pickle)
