@@ -65,7 +65,7 @@ def exported(folder: str, file: str) -> None:
     from fastdiff.export.onnx import export_unet
 
     begin = time.perf_counter()
-    unet = load_unet(folder)
+    unet = load_unet(folder, channels_last=False)
     manifest = export_unet(Model(unet, ModelInfo(path="scaled_linear", prediction="eps"), Path(folder)), file)
     seconds = time.perf_counter() - begin
     error = max(case["exported"] for case in manifest.parity.values())

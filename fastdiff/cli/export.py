@@ -122,8 +122,10 @@ def source(folder: Path) -> tuple[Model, Any]:
     if (folder / MANIFEST).exists():
         return load_model(folder), None
     if not (folder / INDEX).exists():
-        return Model(load_unet(folder), ModelInfo(path="scaled_linear", prediction="eps"), folder), None
-    network = load_unet(inside(folder, "unet"))
+        return Model(
+            load_unet(folder, channels_last=False), ModelInfo(path="scaled_linear", prediction="eps"), folder
+        ), None
+    network = load_unet(inside(folder, "unet"), channels_last=False)
     reads, config = network.config.conditional, network.config
     strength = 1.0 if not reads or config.time_cond_proj_dim else 5.0 if config.addition_embed_type else 7.5
     trained = from_diffusers_scheduler(inside(folder, "scheduler")).trained()

@@ -193,8 +193,11 @@ def load_unet(
     *,
     variant: str | None = None,
     allow_pickle: bool = False,
+    channels_last: bool = True,
 ) -> UNet:
     """Load the folder of a UNet, as diffusers writes it, onto the CPU.
+
+    Without ``channels_last`` weights of the file's own type stay mapped: not one is copied.
 
     Raises:
         ArtifactError: if anything is missing, damaged, foreign, or points out of the folder.
@@ -206,7 +209,8 @@ def load_unet(
     network = _empty_network(config, None, tensors, source)
     load_strictly(network, tensors, str(source))
     network.ops = ops
-    return network.to(dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    return network.to(dtype=dtype, memory_format=layout).eval().requires_grad_(False)
 
 
 def _empty_network(
