@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.arguments import arguments_of_a_run
 from fastdiff.backends import Spec, load_backend
 from fastdiff.backends.eager import ops_for
 from fastdiff.backends.in_memory import walk_of
@@ -244,12 +244,12 @@ class Pipeline:
             PlanError: on options that do not fit one another.
             ShapeError: on labels, seeds or latents that do not fit the model.
         """
-        bound = inspect.signature(self.__call__).bind(class_labels, **options)
-        bound.apply_defaults()
-        given = bound.arguments
-        if given.pop("callback_on_step_end") is not None or given.pop("output_type") != "pil":
-            raise PlanError("output_type and callback_on_step_end belong to a call, not to a run walked by its caller")
+        given = arguments_of_a_run(self.__call__, class_labels, **options)
         return ready(**self._options(**given), history=history)
+
+    def examples(self) -> list[int | None]:
+        """Class labels to examine the network with."""
+        return list(range(min(3, len(self.model.info.classes)))) or [None]
 
     def finish(self, x: Tensor, output_type: str = "pil") -> Any:
         """What the loop ends with, ``[B, C, H, W]``, as images."""

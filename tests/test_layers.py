@@ -29,11 +29,13 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"errors", "kernels", "sampling", "models", "artifact", "backends", "built"},
     "training": {"errors", "kernels", "sampling", "models"},
     "integrations": {"errors", "kernels", "sampling", "models", "backends"},
+    "arguments": {"errors"},
     "images": {"errors"},
     "labels": {"errors"},
     "built": {"errors", "sampling", "models", "artifact", "backends", "images", "labels"},  # of models: file helpers
-    "text_to_image": {"errors", "kernels", "sampling", "models", "backends", "integrations", "images"},
+    "text_to_image": {"errors", "kernels", "sampling", "models", "backends", "integrations", "images", "arguments"},
     "pipeline": {
+        "arguments",
         "errors",
         "kernels",
         "sampling",
@@ -45,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
         "built",
         "text_to_image",
     },
-    "engine": {"errors", "kernels", "sampling", "backends", "pipeline"},
+    "engine": {"errors", "kernels", "sampling", "backends", "pipeline", "text_to_image"},
     "": {"errors", "engine", "sampling", "pipeline", "training", "integrations"},  # the package's own public names
 }
 ALLOWED["benchmarks"] = set(ALLOWED) | {"cli"}

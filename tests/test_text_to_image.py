@@ -16,7 +16,7 @@ import tiny_pipelines as tiny  # noqa: E402
 
 import fastdiff  # noqa: E402
 from fastdiff.cli import main  # noqa: E402
-from fastdiff.errors import ArtifactError, FastdiffError  # noqa: E402
+from fastdiff.errors import ArtifactError, FastdiffError, PlanError, ShapeError  # noqa: E402
 from fastdiff.text_to_image import TextToImage, load_folder  # noqa: E402
 
 CLOSE = 1e-4  # of pictures in [0, 1]; 2/255 is asked for
@@ -339,3 +339,27 @@ def test_the_command_line_draws_from_a_prompt(sd, tmp_path, capsys):
         assert len(said) == 1 and value in said[0], said
     assert main(["generate", "--prompt", "a cat", "--out", str(tmp_path / "no")]) == 2
     assert "text-to-image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["sd", "xl"])
+def test_an_engine_draws_prompts_together_with_the_bits_they_have_alone(model, request):
+    """Prompts, guidance, steps and samplers of any kind share a running batch; unplanned sizes are refused."""
+    ours = request.getfixturevalue(model)[1]
+    asked = [
+        {"prompt": "a cat", "seed": 1, "num_inference_steps": 4},
+        {"prompt": "two dogs", "seed": 2, "num_inference_steps": 6, "guidance_scale": 3.0, "negative_prompt": "red"},
+        {"prompt": "a cat", "seed": 3, "num_inference_steps": 3, "guidance_scale": 1.0, "sampler": "ddim"},
+        {"prompt": "x", "seed": 4, "num_inference_steps": 4, "height": 16, "width": 16, "image": picture(1)},
+    ]
+    with fastdiff.Engine(ours, max_batch=6, sizes=[(24, 16), (16, 16)]) as engine:
+        own = [options if "height" in options else {**options, **SIZE} for options in asked]
+        together = [engine.submit(**options) for options in own]
+        for ticket, options in zip(together, own, strict=True):
+            got = engine.images(ticket.result(60))
+            assert torch.equal(got, engine.images(engine.submit(**options).result(60)))
+            alone = ours(**options, output_type="pt").images
+            assert (got - alone).abs().max() < CLOSE and alone.std() > 0.01
+        with pytest.raises(ShapeError, match="was not planned for; allowed"):
+            engine.submit(prompt="a cat", seed=1, height=32, width=32)
+        with pytest.raises(PlanError, match="without mask"):
+            engine.submit(prompt="a cat", seed=1, **SIZE, image=picture(1), mask_image=hole())

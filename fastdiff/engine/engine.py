@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,11 +25,13 @@ from fastdiff.errors import (
     NotFinite,
     OutOfMemory,
     PlanError,
+    ShapeError,
 )
 from fastdiff.pipeline import Pipeline
 from fastdiff.sampling.denoiser import Gathering, NetworkDenoiser, Place
 from fastdiff.sampling.noise import PhiloxNoise
 from fastdiff.sampling.run import Ready
+from fastdiff.text_to_image import TextToImage
 
 MAX_HISTORY = 4  # registers of every image: those of all samplers but the longest multistep ones
 EXAMINED_ROWS = 3  # steps of the runs that a network is examined with
@@ -84,16 +86,25 @@ class Engine:
     for the batch sizes that keep them, and no others are used.
 
     Args:
-        pipeline: of a class-conditional or unconditional model.
+        pipeline: of a class-conditional or unconditional model, or of text to image.
         max_batch: the network's places in one evaluation; a guided image takes two.
         max_queue: images that may wait, in all buckets together.
         max_history: registers for past estimates; samplers that need more are refused.
+        sizes: heights and widths of images that may be asked for, where the model leaves a choice; by default its own.
 
     Raises:
         BackendError: if the pipeline's backend cannot run images of different requests together.
     """
 
-    def __init__(self, pipeline: Pipeline, *, max_batch: int = 8, max_queue: int = 256, max_history: int = MAX_HISTORY):
+    def __init__(
+        self,
+        pipeline: Pipeline | TextToImage,
+        *,
+        max_batch: int = 8,
+        max_queue: int = 256,
+        max_history: int = MAX_HISTORY,
+        sizes: Sequence[tuple[int, int]] = (),
+    ):
         if max_batch < 2 or max_queue < 1:
             raise PlanError(f"max_batch is {max_batch} and max_queue {max_queue}; allowed: from 2, and from 1")
         if not isinstance(pipeline.network, Gathering):
@@ -107,7 +118,10 @@ class Engine:
         self._open, self._stopped, self._halted = True, False, False
         self._steps = self._images = 0
         self._answered: Counter[str] = Counter()
-        self._warm_up()
+        for height, width in sizes:
+            self._plan_for({"height": height, "width": width})
+        if not sizes:
+            self._plan_for({})
         self._thread = threading.Thread(target=self._run, name="fastdiff-engine", daemon=True)
         self._thread.start()
 
@@ -117,6 +131,7 @@ class Engine:
         self,
         class_label: int | None = None,
         *,
+        prompt: str | None = None,
         priority: int = 0,
         timeout: float | None = None,
         previews: int = 0,
@@ -126,10 +141,11 @@ class Engine:
 
         Args:
             class_label: of a class-conditional model.
+            prompt: of a text-to-image model.
             priority: higher ones get places first.
             timeout: seconds in which the image is wanted; it is given up where that cannot be, or is not, kept.
             previews: how many are wanted on the way, evenly over the steps.
-            options: as of ``Pipeline.__call__``, for one image; masks, guides and generators are not taken.
+            options: of a call of the pipeline, for one image; masks, guides, ControlNets and generators are not taken.
 
         Returns:
             The ticket; its image is ``[1, C, H, W]`` as the loop ends, see ``images``.
@@ -138,10 +154,11 @@ class Engine:
             EngineBusy: if the queue is full.
             EngineClosed: after ``close``.
             PlanError: on options that do not fit one another.
-            ShapeError: on labels, seeds or latents that do not fit the model.
+            ShapeError: on labels, seeds, latents or sizes that do not fit the model or were not planned for.
         """
         self._admissible()
-        ready = self.pipeline.ready(class_label, history=self.max_history, **options)
+        asked: Any = class_label if prompt is None else prompt
+        ready = self.pipeline.ready(asked, history=self.max_history, **options)
         deadline = None if timeout is None else time.monotonic() + timeout
         ticket = Ticket(priority, deadline, previews, self._notice)
         image = self._image(ready, ticket)
@@ -234,26 +251,27 @@ class Engine:
         Raises:
             PlanError: if it cannot share one.
         """
-        own = type(ready.denoiser) is NetworkDenoiser and ready.denoiser.guide is None
+        denoiser = ready.denoiser
+        own = type(denoiser) is NetworkDenoiser and denoiser.guide is None and denoiser.network is self.pipeline.network
         if not own or not isinstance(ready.noise, PhiloxNoise) or len(ready.state.x) != 1:
-            raise PlanError("an engine takes one image at a time, from a seed, without mask, guide or generator")
+            raise PlanError(
+                "an engine takes one image at a time, from a seed, without mask, guide, ControlNet or generator"
+            )
+        shape = tuple(ready.state.x.shape[1:])
+        if shape not in self._buckets:
+            planned = ", ".join("x".join(map(str, known)) for known in self._buckets)
+            raise ShapeError(f"an image of {'x'.join(map(str, shape))} was not planned for; allowed: {planned}")
         return Image(ticket, ready.table, ready.prepared, int(ready.noise.seeds), ready.state)
 
-    def _warm_up(self) -> None:
-        """Run every batch size once, before anybody waits for it, and keep those that keep an image's bits."""
-        config, device = self.pipeline.model.network.config, self.pipeline.device
-        count = len(self.pipeline.model.info.classes)
-        places = []
-        for i in range(max(1, min(count, 3))):
-            ready = self.pipeline.ready(i if count else None, num_inference_steps=EXAMINED_ROWS, seed=i)
-            rows = ready.table.structure.rows
-            places += [
-                Place(ready.prepared, p, row)
-                for row in range(len(rows))
-                for p in range(1 + (rows[0].guided is not None))
-            ]
-        shape = (config.in_channels, config.sample_size, config.sample_size)
-        promise = examine(self.pipeline.network, places, shape, self._most, device)
+    def _plan_for(self, size: Mapping[str, Any]) -> None:
+        """Run every batch size of one shape once, before anybody waits for it, and keep those that keep the bits."""
+        places, shape = [], ()
+        for i, example in enumerate(self.pipeline.examples()):
+            ready = self.pipeline.ready(example, num_inference_steps=EXAMINED_ROWS, seed=i, **size)
+            rows, shape = ready.table.structure.rows, tuple(ready.state.x.shape[1:])
+            halves = 1 + any(row.guided is not None for row in rows)
+            places += [Place(ready.prepared, half, row) for row in range(len(rows)) for half in range(halves)]
+        promise = examine(self.pipeline.network, places, shape, self._most, self.pipeline.device)
         self._buckets[shape] = Bucket(self._most, promise)
 
     # --- the engine's thread ----------------------------------------------------------------------------------------

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastdiff.arguments import arguments_of_a_run
 from fastdiff.backends.control import Control, ControlledNetwork
 from fastdiff.backends.eager import ops_for
 from fastdiff.backends.in_memory import network_of, walk_of
@@ -29,7 +31,7 @@ from fastdiff.models.unet import UNet
 from fastdiff.sampling.denoiser import Cond
 from fastdiff.sampling.loop import State
 from fastdiff.sampling.parts import Generators
-from fastdiff.sampling.run import sample
+from fastdiff.sampling.run import Ready, ready, sample
 from fastdiff.sampling.solvers import Solver
 from fastdiff.text_to_image.start import Draws, start
 
@@ -242,42 +244,84 @@ class TextToImage:
             PlanError: on options that do not fit one another or this model.
             ShapeError: on pictures, sizes, latents or seeds that do not fit.
         """
+        given = {name: value for name, value in locals().items() if name not in ("self", "output_type")}
+        callback = given.pop("callback_on_step_end")
         if output_type not in OUTPUTS:
             raise PlanError(f"output_type is {output_type!r}; allowed: {', '.join(OUTPUTS)}")
-        if seed is not None and generator is not None:
+
+        def report(i: int, timestep: float, state: State) -> None:
+            callback(self, i, timestep, {"latents": state.x})
+
+        options = self._options(SimpleNamespace(**given))
+        x = sample(
+            **options,
+            callback=None if callback is None else report,
+            ops=ops_for(self.device),
+            walk=walk_of(options["network"]),
+        )
+        return Output(self.finish(x, output_type))
+
+    @torch.no_grad()
+    def ready(self, prompt: Prompt | None = None, *, history: int | None = None, **options: Any) -> Ready:
+        """All parts of a call before its first network evaluation, for those who walk by themselves.
+
+        Args:
+            prompt: as of a call.
+            history: of ``fastdiff.sampling.run.ready``.
+            options: all that a call takes, but for ``output_type`` and ``callback_on_step_end``.
+
+        Raises:
+            PlanError: on options that do not fit one another or this model.
+            ShapeError: on pictures, sizes, latents or seeds that do not fit.
+        """
+        given = arguments_of_a_run(self.__call__, prompt, **options)
+        return ready(**self._options(SimpleNamespace(**given)), history=history)
+
+    @torch.no_grad()
+    def finish(self, x: Tensor, output_type: str = "pil") -> Any:
+        """What the loop ends with, ``[B, C, h, w]``, as images."""
+        return x if output_type == "latent" else to_images(self.decode(x), 0, output_type)
+
+    def _options(self, asked: SimpleNamespace) -> dict[str, Any]:
+        """The arguments of ``fastdiff.sample`` for those of a call."""
+        if asked.seed is not None and asked.generator is not None:
             raise PlanError("give seed or generator, not both")
         parts, config = self.parts, self.parts.unet.config
-        scale = guidance_scale if guidance_scale is not None else 5.0 if parts.xl else 7.5
-        text = self._texts(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds, clip_skip, "prompt")
+        scale = asked.guidance_scale if asked.guidance_scale is not None else 5.0 if parts.xl else 7.5
+        text = self._texts(
+            asked.prompt, asked.prompt_2, asked.prompt_embeds, asked.pooled_prompt_embeds, asked.clip_skip, "prompt"
+        )
         guided = scale > 1 and config.time_cond_proj_dim is None
         negative = None
         if guided:
             negative = self._negative(
                 text,
-                negative_prompt,
-                negative_prompt_2,
-                negative_prompt_embeds,
-                negative_pooled_prompt_embeds,
-                clip_skip,
+                asked.negative_prompt,
+                asked.negative_prompt_2,
+                asked.negative_prompt_embeds,
+                asked.negative_pooled_prompt_embeds,
+                asked.clip_skip,
             )
-        batch = len(text.tokens) * num_images_per_prompt
-        size = self._size(height, width, image)
-        ids = self._ids(original_size or size, crops_coords_top_left, target_size or size)
+        batch = len(text.tokens) * asked.num_images_per_prompt
+        size = self._size(asked.height, asked.width, asked.image)
+        ids = self._ids(asked.original_size or size, asked.crops_coords_top_left, asked.target_size or size)
         negative_ids = ids
-        if negative_original_size is not None and negative_target_size is not None:
-            negative_ids = self._ids(negative_original_size, negative_crops_coords_top_left, negative_target_size)
-        cond, uncond = self._guiding(text, negative, num_images_per_prompt, ids, negative_ids, scale)
-        network: Any = self.network
-        if parts.controlnets or control_image is not None:
-            network = self._controlled(
-                control_image, size, batch, controlnet_conditioning_scale, control_guidance_start, control_guidance_end
+        if asked.negative_original_size is not None and asked.negative_target_size is not None:
+            negative_ids = self._ids(
+                asked.negative_original_size, asked.negative_crops_coords_top_left, asked.negative_target_size
             )
-        draws = Draws(seed, generator, batch, self.device)
-        source = sampler or parts.sampler
-        if image is None and strength is not None:
-            raise PlanError(f"strength is {strength!r} without a picture to start from: give image")
+        cond, uncond = self._guiding(text, negative, asked.num_images_per_prompt, ids, negative_ids, scale)
+        network: Any = self.network
+        if parts.controlnets or asked.control_image is not None:
+            span = (asked.control_guidance_start, asked.control_guidance_end)
+            network = self._controlled(asked.control_image, size, batch, asked.controlnet_conditioning_scale, *span)
+        draws = Draws(asked.seed, asked.generator, batch, self.device)
+        source = asked.sampler or parts.sampler
+        if asked.image is None and asked.strength is not None:
+            raise PlanError(f"strength is {asked.strength!r} without a picture to start from: give image")
+        strength = self._strength(asked.strength, asked.image, asked.mask_image)
         given = start(
-            parts.vae, image, mask_image, size, self._strength(strength, image, mask_image), latents, draws,
+            parts.vae, asked.image, asked.mask_image, size, strength, asked.latents, draws,
             reads_mask=config.in_channels > parts.vae.latent_channels,
         )  # fmt: skip
         if given.concat is not None:
@@ -286,45 +330,38 @@ class TextToImage:
             )
         noise = given.noise
         if noise is not None and given.image is None and isinstance(source, Sampler):
-            noise = (
-                noise
-                * source.plan(
-                    None if timesteps or sigmas else num_inference_steps, timesteps=timesteps, sigmas=sigmas, eta=eta
-                ).initial_scale
-            )
-
-        def report(i: int, timestep: float, state: State) -> None:
-            if callback_on_step_end is not None:
-                callback_on_step_end(self, i, timestep, {"latents": state.x})
+            own = {"timesteps": asked.timesteps, "sigmas": asked.sigmas}
+            steps = None if asked.timesteps or asked.sigmas else asked.num_inference_steps
+            noise = noise * source.plan(steps, **own, eta=asked.eta).initial_scale
 
         walk: dict[str, Any] = {"sampler": source}
         if not isinstance(source, Sampler):
             walk["path"], walk["prediction"] = parts.sampler.trained()
-        x = sample(
-            network,
-            (batch, parts.vae.latent_channels, *self._latent(size)),
-            num_inference_steps=num_inference_steps,
+        return dict(
+            network=network,
+            shape=(batch, parts.vae.latent_channels, *self._latent(size)),
+            num_inference_steps=asked.num_inference_steps,
             **walk,
             cond=cond,
             uncond=uncond,
             guidance_scale=scale if guided else 1.0,
-            guidance_rescale=guidance_rescale,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            eta=eta,
+            guidance_rescale=asked.guidance_rescale,
+            timesteps=asked.timesteps,
+            sigmas=asked.sigmas,
+            eta=asked.eta,
             seed=draws.seeds,
-            generator=generator,
+            generator=asked.generator,
             latents=noise,
             image=given.image,
             mask_image=given.mask,
             keep="noise",
             strength=given.strength,
             device=self.device,
-            callback=None if callback_on_step_end is None else report,
-            ops=ops_for(self.device),
-            walk=walk_of(network),
         )
-        return Output(x if output_type == "latent" else to_images(self.decode(x), 0, output_type))
+
+    def examples(self) -> list[str]:
+        """Prompts to examine the network with."""
+        return ["", "a picture"]
 
     def decode(self, latents: Tensor) -> Tensor:
         """``[B, C, h, w]`` as the loop leaves them -> images ``[B, 3, H, W]``, about [-1, 1]."""
