@@ -31,7 +31,13 @@ ONNX_TYPES = {
 OWN = "com.microsoft"  # the domain of onnxruntime's own operators
 BROADCAST = {"Add", "Sub", "Mul", "Div", "Max", "Min", "Equal", "Where", "Expand"}
 # how a weight of the file is named that is not held as the model holds it
-SWAPPED, COLUMN = "::T", "::column"
+SWAPPED, COLUMN, CORNER = "::T", "::column", "::corner"
+
+
+def halves(kernel: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Three weights along an axis, summed to two: for even pixels of a doubled image, and for odd ones."""
+    first, middle, last = kernel.unbind(axis)
+    return torch.stack([first, middle + last], axis), torch.stack([first + middle, last], axis)
 
 
 def raw(tensor: Tensor) -> memoryview:
@@ -51,6 +57,7 @@ class Weight:
     dtype: torch.dtype
     shape: tuple[int, ...]  # in the file: that of ``source``, or with its axes swapped or joined
     swapped: bool = False  # a matrix whose axes are swapped
+    corner: tuple[int, int] | None = None  # a 3x3 kernel as the 2x2 one of these pixels of a doubled image
 
     @property
     def nbytes(self) -> int:
@@ -62,6 +69,9 @@ class Weight:
         found = self.source.detach()
         if self.swapped:
             found = found.flatten(1).t()
+        if self.corner is not None:
+            for axis, place in zip((2, 3), self.corner, strict=True):
+                found = halves(found.double(), axis)[place]
         return raw(found.to("cpu", self.dtype))
 
 
@@ -175,6 +185,12 @@ class Graph:
         weight = vector.weight
         held = Weight(f"{weight.name}{COLUMN}", weight.source, weight.dtype, (*weight.shape, 1, 1))
         return Symbol(self, held.name, held.shape, held.dtype, held)
+
+    def corner(self, kernel: Symbol, place: tuple[int, int]) -> Symbol:
+        """A kernel ``[C', C, 3, 3]`` as the ``[C', C, 2, 2]`` that makes the pixels at ``place`` of a doubled image."""
+        weight, shape = kernel.weight, (*kernel.weight.shape[:2], 2, 2)
+        held = Weight(f"{weight.name}{CORNER}{place[0]}{place[1]}", weight.source, weight.dtype, shape, corner=place)
+        return Symbol(self, held.name, shape, held.dtype, held)
 
     def part(self, value: Symbol, start: int, stop: int) -> Symbol:
         """Some of the first axis of a weight, as a weight."""

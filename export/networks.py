@@ -20,6 +20,8 @@ from fastdiff.models.controlnet import ControlNet
 from fastdiff.models.unet import Encoder, UNet
 
 BATCH, ROWS, HEIGHT, WIDTH, TOKENS = (Dim.of(name) for name in ("batch", "rows", "height", "width", "tokens"))
+Sides = tuple[Size, Size]
+ANY: Sides = (HEIGHT, WIDTH)
 
 
 class Given(NamedTuple):
@@ -64,14 +66,14 @@ def _tokens(graph: Graph, config: UNetConfig) -> Symbol:
     return graph.input("encoder_hidden_states", (BATCH, TOKENS, tokens_width(config)), torch.float32)
 
 
-def image_input(graph: Graph, config: UNetConfig) -> Symbol:
+def image_input(graph: Graph, config: UNetConfig, size: Sides = ANY) -> Symbol:
     """Declare what the network looks at, ``[batch, C, height, width]``."""
-    return graph.input("sample", (BATCH, config.in_channels, HEIGHT, WIDTH), torch.float32)
+    return graph.input("sample", (BATCH, config.in_channels, *size), torch.float32)
 
 
-def control_shapes(unet: UNet) -> list[tuple[Size, ...]]:
+def control_shapes(unet: UNet, size: Sides = ANY) -> list[tuple[Size, ...]]:
     """The shapes of a ControlNet's residuals, the middle's last, as ``UNet.trunk`` adds them."""
-    config, height, width = unet.config, HEIGHT, WIDTH
+    config, (height, width) = unet.config, size
     found: list[tuple[Size, ...]] = [(BATCH, config.block_out_channels[0], height, width)]
     for level in config.down_levels():
         found += [(BATCH, level.channels, height, width)] * level.resnets
@@ -83,8 +85,8 @@ def control_shapes(unet: UNet) -> list[tuple[Size, ...]]:
     return [*found, (BATCH, config.block_out_channels[-1], height, width)]
 
 
-def _control(graph: Graph, unet: UNet, dtype: torch.dtype) -> list[Symbol]:
-    shapes = control_shapes(unet)
+def _control(graph: Graph, unet: UNet, dtype: torch.dtype, size: Sides) -> list[Symbol]:
+    shapes = control_shapes(unet, size)
     names = [*(f"control_{i}" for i in range(len(shapes) - 1)), "control_middle"]
     return [graph.input(name, shape, dtype) for name, shape in zip(names, shapes, strict=True)]
 
@@ -96,17 +98,18 @@ def whole_graph(
     control: bool = False,
     wide: Collection[str] = (),
     adapters: bool = False,
+    size: Sides = ANY,
 ) -> Graph:
     """One evaluation, from what diffusers' UNets are given."""
     graph = Graph("unet", target)
     net = stand_in(unet, graph, dtype, wide)
     factors = declare(graph, unet, dtype) if adapters else ()
-    given: dict[str, Any] = {"sample": image_input(graph, unet.config).to(dtype)}
+    given: dict[str, Any] = {"sample": image_input(graph, unet.config, size).to(dtype)}
     given |= _declared(graph, embedded(unet), BATCH)
     if unet.config.conditional:
         given["encoder_hidden_states"] = _tokens(graph, unet.config).to(dtype)
     if control:
-        given["control"] = _control(graph, unet, dtype)
+        given["control"] = _control(graph, unet, dtype, size)
     graph.output("output", net(**given).to(torch.float32))
     graph.drop_unread(factors)
     return graph
@@ -157,15 +160,16 @@ def step_graph(
     control: bool = False,
     wide: Collection[str] = (),
     adapters: bool = False,
+    size: Sides = ANY,
 ) -> Graph:
     """What runs at every step: ``UNet.trunk``, from what ``prepare_graph`` gives."""
     graph = Graph("step", target)
     net = stand_in(unet, graph, dtype, wide)
     factors = declare(graph, unet, dtype) if adapters else ()
-    x = image_input(graph, unet.config).to(dtype)
+    x = image_input(graph, unet.config, size).to(dtype)
     rows = graph.input("time_rows", (BATCH, unet.row_width()), dtype)
     pairs: Sequence[Any] = pair_inputs(graph, unet, dtype) if unet.config.conditional else ()
-    residuals: Sequence[Any] = _control(graph, unet, dtype) if control else ()
+    residuals: Sequence[Any] = _control(graph, unet, dtype, size) if control else ()
     y: Any = net.trunk(x, rows, pairs, residuals)  # type: ignore[arg-type]
     graph.output("output", y.to(torch.float32))
     graph.drop_unread(factors)

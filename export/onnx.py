@@ -13,7 +13,7 @@ from fastdiff.errors import PlanError
 from fastdiff.export.adapters import DOWN, UP, adaptable, drawn, merged
 from fastdiff.export.graph import Graph
 from fastdiff.export.latents import conditioning, on_the_way, side_of
-from fastdiff.export.networks import prepare_graph, step_graph, whole_graph
+from fastdiff.export.networks import ANY, prepare_graph, step_graph, whole_graph
 from fastdiff.export.parity import Inputs, Original
 from fastdiff.export.publish import USUAL, Options, Part, finish, measured
 from fastdiff.export.ranges import Ranges, ranges, too_large
@@ -69,7 +69,8 @@ def export_unet(
         ArtifactError: if a graph is not valid or does not reproduce the original.
     """
     unet, target, place = model.network, target_of(options.target, options.opset, options.dtype), Path(file)
-    cases = _cases(unet, trained or meaning(model), control) if measured(options) else {}
+    cases = _cases(unet, trained or meaning(model), control, options.size) if measured(options) else {}
+    size = options.size or ANY
     if adapters and not adaptable(unet):
         raise PlanError("this network has no transformers, so it takes no adapters")
     for seed, inputs in enumerate(cases.values() if adapters else ()):
@@ -79,10 +80,10 @@ def export_unet(
     if model.network.config.conditional if split is None else split:
         parts = [
             Part(prepare_name(place), prepare_graph(unet, target, options.dtype, wide, adapters)),
-            Part(place.name, step_graph(unet, target, options.dtype, control, wide, adapters)),
+            Part(place.name, step_graph(unet, target, options.dtype, control, wide, adapters, size)),
         ]
     else:
-        parts = [Part(place.name, whole_graph(unet, target, options.dtype, control, wide, adapters))]
+        parts = [Part(place.name, whole_graph(unet, target, options.dtype, control, wide, adapters, size))]
     original = Original(unet, lambda given: _evaluate(unet, given), ("sample", *HALVED))
     kind = "step" if len(parts) == 2 else "unet"
     return finish(place, parts, kind, _identity(model), options, original, cases, found=found)
@@ -112,12 +113,14 @@ def meaning(model: Model) -> Trained:
     return PATHS[model.info.path](), PREDICTIONS[model.info.prediction]
 
 
-def _cases(unet: UNet, trained: Trained, control: bool) -> dict[str, Inputs]:
-    """Batches and sizes to measure at, none of which the graph was told."""
+def _cases(unet: UNet, trained: Trained, control: bool, size: tuple[int, int] | None) -> dict[str, Inputs]:
+    """Batches and sizes to measure at; where the graph has no size of its own, several that it was not told."""
     path, prediction = trained
     side = side_of(unet.config)
     half = max(side // 2, 2 ** (len(unet.config.block_out_channels) - 1))
     sizes = [(1, (side, side)), (2, (side, half)), (3, (half, side))]
+    if size is not None:
+        sizes = [(batch, size) for batch, _ in sizes]
     if sum(parameter.numel() for parameter in unet.parameters()) > LARGE:
         sizes = sizes[:1]
     cases = {

@@ -35,6 +35,8 @@ class Options(NamedTuple):
         external_data: weights in a file of their own; None: if they are large.
         per_layer: report the error of every layer too.
         parity: measure the error at all. bfloat16 is never measured: onnxruntime's CPU provider does not compute in it.
+        size: height and width of what a UNet looks at, where the graph is for these alone; onnxruntime then needs fewer
+            products where the image doubles. None: any.
     """
 
     dtype: torch.dtype = torch.float32
@@ -43,6 +45,7 @@ class Options(NamedTuple):
     external_data: bool | None = None
     per_layer: bool = False
     parity: bool = True
+    size: tuple[int, int] | None = None
 
 
 USUAL = Options()

@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fastdiff.export.doubling import upsample_conv
 from fastdiff.export.graph import Graph
 from fastdiff.export.symbol import Symbol
 from fastdiff.kernels import REFERENCE
 
 Net = TypeVar("Net", bound=nn.Module)
+OPS = REFERENCE._replace(upsample_conv=upsample_conv)
 
 
 def stand_in(network: Net, graph: Graph, dtype: torch.dtype, wide: Collection[str] = ()) -> Net:
@@ -37,7 +39,7 @@ def stand_in(network: Net, graph: Graph, dtype: torch.dtype, wide: Collection[st
             if parameter is not None:
                 module._parameters[key] = values[id(parameter)]  # type: ignore[assignment]
         if isinstance(getattr(module, "ops", None), tuple):
-            module.ops = REFERENCE  # type: ignore[assignment]  # whatever runs it, this says what it is
+            module.ops = OPS  # type: ignore[assignment]  # whatever runs it, this says what it is
         if name:
             module.register_forward_pre_hook(_Enter(graph, name))
             module.register_forward_hook(_Leave(graph, name))

@@ -221,7 +221,7 @@ def test_the_command_line_takes_types_targets_and_parts(folder, tmp_path, capsys
     "options, problem",
     [
         (["--sampler", "ddim"], "--sampler belongs to --fuse-sampler N"),
-        (["--size", "8", "8"], "--size belongs to --fuse-sampler N"),
+        (["--part", "decoder", "--size", "8", "8"], "--size is for --part unet, not decoder"),
         (["--fuse-sampler", "2", "--split"], "--split does not go with --fuse-sampler"),
         (["--part", "decoder", "--control"], "--control is for --part unet, not decoder"),
         (["--opset", "9"], "opset is 9; allowed for torch.float32: 18 to 23"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,21 @@ def test_a_small_sampler_at_another_size(tmp_path):
     network.config = dataclasses.replace(network.config, sample_size=None)
     with pytest.raises(PlanError, match="give size"):
         export_sampler(model, tmp_path / "y.onnx", 1)
+
+
+def test_a_graph_for_one_size_doubles_images_with_fewer_products(tmp_path):
+    """Four convolutions of 2x2 in the place of an enlargement and one of 3x3; other targets keep the weights whole."""
+    model = layout("SD 1.5")
+    sizes, ops = {}, {}
+    for name, options in (
+        ("any", Options()), ("one", Options(size=(16, 24))), ("engine", Options(size=(16, 24), target="tensorrt")),
+    ):  # fmt: skip
+        file = tmp_path / f"{name}.onnx"
+        export_unet(model, file, split=False, options=options)  # measures the error, or raises
+        graph = onnx.load(file).graph
+        ops[name] = Counter(node.op_type for node in graph.node)
+        (sample,) = (given for given in graph.input if given.name == "sample")
+        sizes[name] = [axis.dim_value for axis in sample.type.tensor_type.shape.dim]
+    assert sizes["one"] == [0, 4, 16, 24] and sizes["any"] == [0, 4, 0, 0]
+    assert ops["any"]["Resize"] == ops["engine"]["Resize"] == 3 and ops["one"]["Resize"] == 0
+    assert ops["one"]["DepthToSpace"] == 3 and ops["one"]["Conv"] == ops["any"]["Conv"] + 9

@@ -40,7 +40,13 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--fuse-sampler", type=int, metavar="N", help="put a whole N-step sampler into the file: noise in, images out")
     add("--sampler", help="the sampler to fuse (default: flow_map for flow maps, else dpmpp_2m)")
     add("--guidance-scale", type=float, help="strength to fuse (default: the model's own)")
-    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of what to fuse the sampler for, in latents")
+    add(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="of what the graph is for, in latents (default: any; for a fused sampler the model's own)",
+    )
     add("--per-layer", action="store_true", help="report the error of every layer too")
     add("--parity", action=argparse.BooleanOptionalAction, default=True, help="measure the error (default: yes)")
 
@@ -52,8 +58,9 @@ def export(options: argparse.Namespace) -> int:
     except ImportError as error:
         raise BackendError(f"export needs {error.name}: pip install 'fastdiff[onnx]'") from error
     how = Options(
-        DTYPES[options.dtype], options.target, options.opset, options.external_data, options.per_layer, options.parity
-    )
+        DTYPES[options.dtype], options.target, options.opset, options.external_data, options.per_layer, options.parity,
+        tuple(options.size) if options.size and options.fuse_sampler is None else None,
+    )  # fmt: skip
     _check(options)
     manifest = _other_part(options, how) if options.part != "unet" else _unet(options, how)
     report = {"file": str(options.out), "kind": manifest.kind, "inputs": manifest.inputs, "outputs": manifest.outputs,
@@ -64,14 +71,16 @@ def export(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse options that belong to others."""
-    for name in ("sampler", "guidance_scale", "size"):
+    for name in ("sampler", "guidance_scale"):
         if getattr(options, name) is not None and options.fuse_sampler is None:
             raise PlanError(f"--{name.replace('_', '-')} belongs to --fuse-sampler N")
     for name in ("split", "control", "adapters"):
         if getattr(options, name) and options.fuse_sampler is not None:
             raise PlanError(f"--{name} does not go with --fuse-sampler: a fused sampler is one graph")
     if options.part != "unet":
-        given = [name for name in ("fuse_sampler", "split", "control", "adapters", "lora") if getattr(options, name)]
+        given = [
+            name for name in ("fuse_sampler", "split", "control", "adapters", "lora", "size") if getattr(options, name)
+        ]
         if given:
             raise PlanError(f"--{given[0].replace('_', '-')} is for --part unet, not {options.part}")
 
