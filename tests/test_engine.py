@@ -439,3 +439,46 @@ def test_asyncio_awaits_images_and_previews_and_cancels_with_the_task(stubbed):
         await served.close()
 
     asyncio.run(main())
+
+
+def test_an_event_loop_that_is_gone_harms_nobody(stubbed):
+    gate = threading.Semaphore(0)
+    engine, stub = stubbed(gate=gate)
+
+    async def impatient():
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(AsyncEngine(engine).generate(1, num_inference_steps=50, seed=0), 0.1)
+
+    asyncio.run(impatient())  # its loop is closed before the engine gets round to answering
+    gate.release(10_000)
+    assert engine.generate(2, num_inference_steps=3, seed=0, timeout=WAIT).isfinite().all()
+    assert engine.stats().answered == {"Cancelled": 1, "done": 1}
+
+
+def test_a_listener_that_fails_harms_nobody(stubbed, caplog):
+    engine, _ = stubbed()
+    engine.pause()
+    ticket = engine.submit(1, num_inference_steps=4, seed=0, previews=2)
+    ticket.listen(lambda preview: 1 / 0)
+    engine.resume()
+    assert ticket.result(WAIT).isfinite().all()
+    assert engine.generate(2, num_inference_steps=3, seed=0).isfinite().all()
+    assert "ZeroDivisionError" in caplog.text and "listener" in caplog.text
+
+
+def test_times_are_told_without_being_asked_for(stubbed):
+    told = []
+    pipe = fastdiff.Pipeline.from_pretrained("digits", backend="eager")
+    with Engine(pipe, max_batch=4, watch=told.append) as engine:
+        engine.pause()
+        tickets = [engine.submit(i, num_inference_steps=3, seed=i, guidance_scale=1.0) for i in range(2)]
+        assert all(ticket.started is None and ticket.ended is None for ticket in tickets)
+        time.sleep(0.02)
+        engine.resume()
+        for ticket in tickets:
+            ticket.result(WAIT)
+    assert [turn.images for turn in told] == [2, 2, 2] and all(turn.seconds > 0 for turn in told)
+    assert [turn.places for turn in told] == [2, 2, 2] and told[0].width == 4
+    for ticket in tickets:
+        assert ticket.made + 0.02 <= ticket.started < ticket.ended
+    assert not engine.accepting()

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from fastdiff.engine.engine import Engine
 from fastdiff.engine.ticket import Preview, Ticket
+
+
+def _tell(loop: asyncio.AbstractEventLoop, waiting: asyncio.Queue[Preview | None], preview: Preview | None) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits there any more
+        loop.call_soon_threadsafe(waiting.put_nowait, preview)
 
 
 def _give_up(made: asyncio.Future[Ticket]) -> None:
@@ -49,7 +56,7 @@ class AsyncEngine:
     async def previews(self, ticket: Ticket) -> AsyncIterator[Preview]:
         """Previews as they come, until the image is finished or fails; leaving early cancels the request."""
         loop, waiting = asyncio.get_running_loop(), asyncio.Queue[Preview | None]()
-        ticket.listen(lambda preview: loop.call_soon_threadsafe(waiting.put_nowait, preview))
+        ticket.listen(partial(_tell, loop, waiting))
         try:
             while (preview := await waiting.get()) is not None:
                 yield preview
