@@ -15,7 +15,8 @@ pytestmark = pytest.mark.fast
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"fastdiff": "fastdiff", "fastdiff.kernels": "kernels", "fastdiff.export": "export",
            "fastdiff.benchmarks": "benchmarks"}  # fmt: skip
-HEAVY = {"triton", "onnxruntime", "onnx", "onnxscript", "diffusers", "transformers", "matplotlib"}
+SERVING = {"fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings", "prometheus_client"}
+HEAVY = {"triton", "onnxruntime", "onnx", "onnxscript", "diffusers", "transformers", "matplotlib"} | SERVING
 # From the bottom up: a part imports from itself and from the parts named here, nothing else.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -32,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "text_to_image": {"errors", "kernels", "sampling", "models", "backends", "integrations", "images"},
     "pipeline": {"errors", "kernels", "sampling", "models", "backends", "integrations", "images", "text_to_image"},
     "engine": {"errors", "kernels", "sampling", "backends", "pipeline"},
+    "serve": {"errors", "sampling", "images", "pipeline", "engine"},
     "": {"errors", "engine", "sampling", "pipeline", "training", "integrations"},  # the package's own public names
 }
 ALLOWED["benchmarks"] = set(ALLOWED) | {"cli"}
@@ -130,7 +132,12 @@ def test_the_folders_are_never_imported_by_their_own_names():
 
 
 def test_optional_libraries_are_imported_only_where_they_are_the_subject():
-    home = {"kernels": {"triton"}, "export": {"onnx", "onnxruntime", "onnxscript"}, "benchmarks": HEAVY}
+    home = {
+        "serve": SERVING,
+        "kernels": {"triton"},
+        "export": {"onnx", "onnxruntime", "onnxscript"},
+        "benchmarks": HEAVY,
+    }
     for arrow in ARROWS:
         library = arrow.target.split(".")[0]
         if library in HEAVY and not arrow.lazy:

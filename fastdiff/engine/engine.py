@@ -231,6 +231,10 @@ class Engine:
         """Does it take requests? Not after ``close``, nor after a fault of its own."""
         return self._open
 
+    def alive(self) -> bool:
+        """Does its thread run? Not after ``close``, nor after a fault of its own."""
+        return self._thread.is_alive()
+
     def promises(self) -> dict[str, str]:
         """For each shape, in which batches images keep their bits."""
         return {"x".join(map(str, shape)): bucket.promise.describe() for shape, bucket in self._buckets.items()}
