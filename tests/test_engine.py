@@ -174,6 +174,23 @@ def test_what_was_not_examined_in_time_is_not_used(monkeypatch):
     assert examine(Fickle(lambda x: False), [Place(None, 0, 0)], (1, 4, 4), 8, torch.device("cpu")).widths == (1,)
 
 
+def test_what_is_slow_once_is_examined_all_the_same(monkeypatch):
+    """A backend that compiles, or measures, at the first call of a batch size must not lose its batches for that."""
+    monkeypatch.setattr(promise, "SECONDS", 0.04)
+    known = set()
+
+    def cold(x):
+        if len(x) not in known:
+            known.add(len(x))
+            time.sleep(0.05)
+        return False
+
+    assert examine(Fickle(cold), [Place(None, 0, 0)], (1, 4, 4), 4, torch.device("cpu")).widths == (1, 2, 3, 4)
+    known.clear()
+    monkeypatch.setattr(promise, "COLD_SECONDS", 0.08)
+    assert examine(Fickle(cold), [Place(None, 0, 0)], (1, 4, 4), 4, torch.device("cpu")).widths[-1] < 4
+
+
 # --- joining and leaving --------------------------------------------------------------------------------------------
 
 

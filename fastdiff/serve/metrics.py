@@ -25,8 +25,8 @@ class Metrics:
                               buckets=_FINE, registry=registry)  # fmt: skip
         self.decode = Histogram("fastdiff_decode_seconds", "From the end of the loop to the bytes of a picture",
                                 buckets=_FINE, registry=registry)  # fmt: skip
-        self.request = Histogram("fastdiff_request_seconds", "From request to the end of its answer", ["route", "status"],
-                                 buckets=_WIDE, registry=registry)  # fmt: skip
+        self.request = Histogram("fastdiff_request_seconds", "From request to end of answer",
+                                 ["route", "status"], buckets=_WIDE, registry=registry)  # fmt: skip
         self.occupancy = Histogram("fastdiff_batch_occupancy", "Share of the network's places taken, of each step",
                                    buckets=[k / 8 for k in range(1, 9)], registry=registry)  # fmt: skip
         ProcessCollector(registry=registry)
