@@ -12,6 +12,7 @@ import torch
 
 import fastdiff
 from fastdiff import Engine
+from fastdiff.benchmarks.stub import stub_pipeline
 from fastdiff.engine import AsyncEngine, promise
 from fastdiff.engine.promise import examine
 from fastdiff.engine.ticket import Ticket
@@ -27,7 +28,7 @@ from fastdiff.errors import (
     PlanError,
     ShapeError,
 )
-from fastdiff.sampling.denoiser import Cond, Place
+from fastdiff.sampling.denoiser import Place
 from fastdiff.sampling.solvers import SOLVERS
 
 WAIT = 60.0
@@ -41,31 +42,6 @@ MIX = [
 ]
 
 
-class Stub:
-    """A network of one multiplication, which can be told to wait, fail or return NaN for a label."""
-
-    def __init__(self, network, gate=None, fail=None, nan=None, slow=0.0):
-        self.network, self.gate, self.fail, self.nan, self.slow = network, gate, fail, nan, slow
-        self.batches = []
-
-    def prepare(self, cond: Cond, times: torch.Tensor):
-        return times, cond.label
-
-    def gather(self, places):
-        times = torch.cat([p.prepared[0][:1, p.row] for p in places])
-        return times, torch.stack([p.prepared[1][p.place] for p in places])
-
-    def __call__(self, x, row_index, prepared):
-        self.batches.append(len(x))
-        if self.gate is not None:
-            self.gate.acquire(timeout=WAIT)
-        time.sleep(self.slow)
-        if self.fail is not None:
-            self.fail(prepared[1])
-        out = 0.1 * x
-        return torch.where((prepared[1] == self.nan).view(-1, 1, 1, 1), torch.nan, out) if self.nan is not None else out
-
-
 @pytest.fixture(scope="module")
 def pipe():
     return fastdiff.Pipeline.from_pretrained("digits", backend="eager")
@@ -77,9 +53,7 @@ def stubbed(monkeypatch):
     made = []
 
     def make(max_batch=8, max_queue=64, **options):
-        pipe = fastdiff.Pipeline.from_pretrained("digits", backend="eager")
-        quick = Stub(pipe.network)
-        pipe.network = quick
+        pipe, quick = stub_pipeline()
         engine = Engine(pipe, max_batch=max_batch, max_queue=max_queue)
         for name, value in options.items():
             setattr(quick, name, value)
