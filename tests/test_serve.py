@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import logging
+import socket
 import threading
 import time
 
@@ -358,4 +359,5 @@ def test_only_loopback_is_called_so():
     assert not any(map(loopback, ("0.0.0.0", "::", "10.0.0.1", "example.org", "")))
     with listen(Settings(port=0)) as listening:
         assert url_of(listening).startswith("http://127.0.0.1:")
+        assert listening.proto == socket.IPPROTO_TCP, "else every answer waits for the client's delayed acknowledgement"
         assert not url_of(listening).endswith(":0")

@@ -77,7 +77,17 @@ def listen(settings: Settings) -> socket.socket:
         OSError: if the address cannot be had.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    # the protocol by name: asyncio sends small answers at once (TCP_NODELAY) on no other sockets, and clients that keep
+    # their connection would wait 40 ms for each
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((settings.host, settings.port))
+        listening.listen(2048)
+    except OSError as error:
+        listening.close()
+        raise OSError(error.errno, f"{settings.host}:{settings.port}: {error.strerror or error}") from error
+    return listening
 
 
 def url_of(listening: socket.socket) -> str:
