@@ -12,6 +12,7 @@ import torch
 
 import fastdiff
 from fastdiff import Engine
+from fastdiff.benchmarks.stub import stub_pipeline
 from fastdiff.engine import AsyncEngine, promise
 from fastdiff.engine.promise import examine
 from fastdiff.engine.ticket import Ticket
@@ -27,7 +28,7 @@ from fastdiff.errors import (
     PlanError,
     ShapeError,
 )
-from fastdiff.sampling.denoiser import Cond, Place
+from fastdiff.sampling.denoiser import Place
 from fastdiff.sampling.solvers import SOLVERS
 
 WAIT = 60.0
@@ -41,31 +42,6 @@ MIX = [
 ]
 
 
-class Stub:
-    """A network of one multiplication, which can be told to wait, fail or return NaN for a label."""
-
-    def __init__(self, network, gate=None, fail=None, nan=None, slow=0.0):
-        self.network, self.gate, self.fail, self.nan, self.slow = network, gate, fail, nan, slow
-        self.batches = []
-
-    def prepare(self, cond: Cond, times: torch.Tensor):
-        return times, cond.label
-
-    def gather(self, places):
-        times = torch.cat([p.prepared[0][:1, p.row] for p in places])
-        return times, torch.stack([p.prepared[1][p.place] for p in places])
-
-    def __call__(self, x, row_index, prepared):
-        self.batches.append(len(x))
-        if self.gate is not None:
-            self.gate.acquire(timeout=WAIT)
-        time.sleep(self.slow)
-        if self.fail is not None:
-            self.fail(prepared[1])
-        out = 0.1 * x
-        return torch.where((prepared[1] == self.nan).view(-1, 1, 1, 1), torch.nan, out) if self.nan is not None else out
-
-
 @pytest.fixture(scope="module")
 def pipe():
     return fastdiff.Pipeline.from_pretrained("digits", backend="eager")
@@ -77,9 +53,7 @@ def stubbed(monkeypatch):
     made = []
 
     def make(max_batch=8, max_queue=64, **options):
-        pipe = fastdiff.Pipeline.from_pretrained("digits", backend="eager")
-        quick = Stub(pipe.network)
-        pipe.network = quick
+        pipe, quick = stub_pipeline()
         engine = Engine(pipe, max_batch=max_batch, max_queue=max_queue)
         for name, value in options.items():
             setattr(quick, name, value)
@@ -172,6 +146,23 @@ def test_only_batches_that_keep_their_bits_are_used():
 def test_what_was_not_examined_in_time_is_not_used(monkeypatch):
     monkeypatch.setattr(promise, "SECONDS", -1.0)
     assert examine(Fickle(lambda x: False), [Place(None, 0, 0)], (1, 4, 4), 8, torch.device("cpu")).widths == (1,)
+
+
+def test_what_is_slow_once_is_examined_all_the_same(monkeypatch):
+    """A backend that compiles, or measures, at the first call of a batch size must not lose its batches for that."""
+    monkeypatch.setattr(promise, "SECONDS", 0.04)
+    known = set()
+
+    def cold(x):
+        if len(x) not in known:
+            known.add(len(x))
+            time.sleep(0.05)
+        return False
+
+    assert examine(Fickle(cold), [Place(None, 0, 0)], (1, 4, 4), 4, torch.device("cpu")).widths == (1, 2, 3, 4)
+    known.clear()
+    monkeypatch.setattr(promise, "COLD_SECONDS", 0.08)
+    assert examine(Fickle(cold), [Place(None, 0, 0)], (1, 4, 4), 4, torch.device("cpu")).widths[-1] < 4
 
 
 # --- joining and leaving --------------------------------------------------------------------------------------------
@@ -439,3 +430,46 @@ def test_asyncio_awaits_images_and_previews_and_cancels_with_the_task(stubbed):
         await served.close()
 
     asyncio.run(main())
+
+
+def test_an_event_loop_that_is_gone_harms_nobody(stubbed):
+    gate = threading.Semaphore(0)
+    engine, stub = stubbed(gate=gate)
+
+    async def impatient():
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(AsyncEngine(engine).generate(1, num_inference_steps=50, seed=0), 0.1)
+
+    asyncio.run(impatient())  # its loop is closed before the engine gets round to answering
+    gate.release(10_000)
+    assert engine.generate(2, num_inference_steps=3, seed=0, timeout=WAIT).isfinite().all()
+    assert engine.stats().answered == {"Cancelled": 1, "done": 1}
+
+
+def test_a_listener_that_fails_harms_nobody(stubbed, caplog):
+    engine, _ = stubbed()
+    engine.pause()
+    ticket = engine.submit(1, num_inference_steps=4, seed=0, previews=2)
+    ticket.listen(lambda preview: 1 / 0)
+    engine.resume()
+    assert ticket.result(WAIT).isfinite().all()
+    assert engine.generate(2, num_inference_steps=3, seed=0).isfinite().all()
+    assert "ZeroDivisionError" in caplog.text and "listener" in caplog.text
+
+
+def test_times_are_told_without_being_asked_for(stubbed):
+    told = []
+    pipe = fastdiff.Pipeline.from_pretrained("digits", backend="eager")
+    with Engine(pipe, max_batch=4, watch=told.append) as engine:
+        engine.pause()
+        tickets = [engine.submit(i, num_inference_steps=3, seed=i, guidance_scale=1.0) for i in range(2)]
+        assert all(ticket.started is None and ticket.ended is None for ticket in tickets)
+        time.sleep(0.02)
+        engine.resume()
+        for ticket in tickets:
+            ticket.result(WAIT)
+    assert [turn.images for turn in told] == [2, 2, 2] and all(turn.seconds > 0 for turn in told)
+    assert [turn.places for turn in told] == [2, 2, 2] and told[0].width == 4
+    for ticket in tickets:
+        assert ticket.made + 0.02 <= ticket.started < ticket.ended
+    assert not engine.accepting()

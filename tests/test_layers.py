@@ -15,8 +15,9 @@ pytestmark = pytest.mark.fast
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"fastdiff": "fastdiff", "fastdiff.kernels": "kernels", "fastdiff.export": "export",
            "fastdiff.benchmarks": "benchmarks"}  # fmt: skip
+SERVING = {"fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings", "prometheus_client"}
 HEAVY = {"triton", "onnxruntime", "onnx", "onnxscript", "diffusers", "transformers", "matplotlib", "tensorrt",
-         "tensorrt_rtx"}  # fmt: skip
+         "tensorrt_rtx"} | SERVING  # fmt: skip
 # From the bottom up: a part imports from itself and from the parts named here, nothing else.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -48,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
         "text_to_image",
     },
     "engine": {"errors", "kernels", "sampling", "backends", "pipeline", "text_to_image"},
+    "serve": {"errors", "sampling", "images", "pipeline", "engine"},
     "": {"errors", "engine", "sampling", "pipeline", "training", "integrations"},  # the package's own public names
 }
 ALLOWED["benchmarks"] = set(ALLOWED) | {"cli"}
@@ -150,7 +152,7 @@ def test_the_folders_are_never_imported_by_their_own_names():
 
 
 def test_optional_libraries_are_imported_only_where_they_are_the_subject():
-    home = {"kernels": {"triton"}, "export": {"onnx"}, "benchmarks": HEAVY}
+    home = {"serve": SERVING, "kernels": {"triton"}, "export": {"onnx"}, "benchmarks": HEAVY}
     for arrow in ARROWS:
         library = arrow.target.split(".")[0]
         if library in HEAVY and not arrow.lazy:

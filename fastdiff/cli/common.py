@@ -9,4 +9,4 @@ from typing import Any
 
 def show(options: argparse.Namespace, report: dict[str, Any], text: str) -> None:
     """Print a report, as JSON if that was asked for."""
-    print(json.dumps(report) if options.json else text)
+    print(json.dumps(report) if options.json else text, flush=True)

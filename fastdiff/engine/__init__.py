@@ -1,7 +1,7 @@
 """Many requests, one model: step-level batching with the same bits for the same seed."""
 
 from fastdiff.engine.aio import AsyncEngine
-from fastdiff.engine.engine import Engine, Stats
+from fastdiff.engine.engine import Engine, Stats, Turn
 from fastdiff.engine.ticket import Preview, Ticket
 
-__all__ = ["AsyncEngine", "Engine", "Preview", "Stats", "Ticket"]
+__all__ = ["AsyncEngine", "Engine", "Preview", "Stats", "Ticket", "Turn"]

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, suppress
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from fastdiff.engine.engine import Engine
 from fastdiff.engine.ticket import Preview, Ticket
+
+News = tuple[int, Preview | None]
+
+
+def _tell(loop: asyncio.AbstractEventLoop, waiting: asyncio.Queue[News], i: int, preview: Preview | None) -> None:
+    with suppress(RuntimeError):  # the loop was closed: nobody waits there any more
+        loop.call_soon_threadsafe(waiting.put_nowait, (i, preview))
 
 
 def _give_up(made: asyncio.Future[Ticket]) -> None:
@@ -42,20 +51,46 @@ class AsyncEngine:
         Raises:
             EngineError: why there is none.
         """
-        async for _ in self.previews(ticket):
-            pass
-        return ticket.result(0)
+        (x,) = await self.results([ticket])
+        return x
+
+    async def results(self, tickets: Sequence[Ticket]) -> list[Tensor]:
+        """Wait for images ``[1, C, H, W]``, as the loop ends. If one fails, or nobody waits any more, all are given up.
+
+        Raises:
+            EngineError: why there is none.
+        """
+        async with aclosing(self.follow(tickets)) as going:
+            async for i, preview in going:
+                if preview is None:
+                    tickets[i].result(0)
+        return [ticket.result(0) for ticket in tickets]
 
     async def previews(self, ticket: Ticket) -> AsyncIterator[Preview]:
         """Previews as they come, until the image is finished or fails; leaving early cancels the request."""
-        loop, waiting = asyncio.get_running_loop(), asyncio.Queue[Preview | None]()
-        ticket.listen(lambda preview: loop.call_soon_threadsafe(waiting.put_nowait, preview))
+        async with aclosing(self.follow([ticket])) as going:
+            async for _, preview in going:
+                if preview is not None:
+                    yield preview
+
+    async def follow(self, tickets: Sequence[Ticket]) -> AsyncGenerator[News, None]:
+        """Previews of several images as they come, each with its image's place in ``tickets``.
+
+        None in place of a preview says that an image is finished or has failed. Leaving early cancels all that are not.
+        """
+        loop, waiting = asyncio.get_running_loop(), asyncio.Queue[News]()
+        for i, ticket in enumerate(tickets):
+            ticket.listen(partial(_tell, loop, waiting, i))
+        left = len(tickets)
         try:
-            while (preview := await waiting.get()) is not None:
-                yield preview
+            while left:
+                i, preview = await waiting.get()
+                left -= preview is None
+                yield i, preview
         finally:
-            if not ticket.done():
-                ticket.cancel()
+            for ticket in tickets:
+                if not ticket.done():
+                    ticket.cancel()
 
     async def generate(self, class_label: int | None = None, **options: Any) -> Tensor:
         """Ask for one image and wait for it: ``[1, C, H, W]`` in [0, 1]. Options and errors: see ``Engine.submit``."""

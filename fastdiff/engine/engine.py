@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +64,15 @@ class Bucket:
         self.seconds = seconds if not self.seconds else (1 - SMOOTHING) * self.seconds + SMOOTHING * seconds
 
 
+class Turn(NamedTuple):
+    """One step of a bucket, for those who measure."""
+
+    seconds: float
+    images: int
+    places: int  # of the network that they took
+    width: int  # places that there were
+
+
 class Stats(NamedTuple):
     """Counts since the start, and what is going on now."""
 
@@ -91,6 +100,7 @@ class Engine:
         max_queue: images that may wait, in all buckets together.
         max_history: registers for past estimates; samplers that need more are refused.
         sizes: heights and widths of images that may be asked for, where the model leaves a choice; by default its own.
+        watch: called by the engine's thread after every step, which waits for it.
 
     Raises:
         BackendError: if the pipeline's backend cannot run images of different requests together.
@@ -104,13 +114,14 @@ class Engine:
         max_queue: int = 256,
         max_history: int = MAX_HISTORY,
         sizes: Sequence[tuple[int, int]] = (),
+        watch: Callable[[Turn], object] | None = None,
     ):
         if max_batch < 2 or max_queue < 1:
             raise PlanError(f"max_batch is {max_batch} and max_queue {max_queue}; allowed: from 2, and from 1")
         if not isinstance(pipeline.network, Gathering):
             raise BackendError(f"{type(pipeline.network).__name__} cannot run images of different requests together")
         self.pipeline, self.max_history, self._most = pipeline, max_history, max_batch
-        self._ops = ops_for(pipeline.device)
+        self._ops, self._watch = ops_for(pipeline.device), watch
         self._buckets: dict[tuple[int, ...], Bucket] = {}
         self._waiting: Waiting[Image] = Waiting(max_queue)
         self._paused: list[Image] = []
@@ -226,6 +237,14 @@ class Engine:
             running = sum(len(bucket.running) for bucket in self._buckets.values())
             return Stats(len(self._waiting), running, self._steps, self._images, dict(self._answered))
 
+    def accepting(self) -> bool:
+        """Does it take requests? Not after ``close``, nor after a fault of its own."""
+        return self._open
+
+    def alive(self) -> bool:
+        """Does its thread run? Not after ``close``, nor after a fault of its own."""
+        return self._thread.is_alive()
+
     def promises(self) -> dict[str, str]:
         """For each shape, in which batches images keep their bits."""
         return {"x".join(map(str, shape)): bucket.promise.describe() for shape, bucket in self._buckets.items()}
@@ -330,6 +349,8 @@ class Engine:
                     self._answer(image, DeadlineExceeded("there is not enough time left for all of its steps"))
                     continue
                 image.ticket.state = RUNNING
+                if image.ticket.started is None:
+                    image.ticket.started = time.monotonic()
                 bucket.running.append(image)
 
     def _tidy(self) -> None:
@@ -371,7 +392,10 @@ class Engine:
         except Exception as error:
             self._broken(bucket, images, error)
             return
-        bucket.timed(time.monotonic() - begin)
+        seconds = time.monotonic() - begin
+        bucket.timed(seconds)
+        if self._watch is not None:
+            self._watch(Turn(seconds, len(images), sum(image.places for image in images), bucket.width))
         with self._wake:
             self._steps += 1
             self._images += len(images)

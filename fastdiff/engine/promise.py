@@ -16,6 +16,7 @@ from torch import Tensor
 from fastdiff.sampling.denoiser import Gathering, Place
 
 SECONDS = 10.0  # that an examination may take, about
+COLD_SECONDS = 120.0  # with what backends do once: compile, or measure, which some keep on disk
 
 
 class Promise(NamedTuple):
@@ -45,7 +46,8 @@ def examine(
 ) -> Promise:
     """Find the batch sizes up to ``most`` that keep every image's bits, at every place and in any company.
 
-    Large networks are slow to examine: what was not examined within ``SECONDS`` is not used.
+    Large networks are slow to examine: what was not examined within ``SECONDS`` is not used. The first call of a batch
+    size, which may compile or measure, counts towards ``COLD_SECONDS`` only.
 
     Args:
         network: to examine.
@@ -54,10 +56,12 @@ def examine(
         most: the largest batch.
         device: where.
     """
-    draw, begin = torch.Generator().manual_seed(0), time.monotonic()
+    draw, begin, spent = torch.Generator().manual_seed(0), time.monotonic(), 0.0
     x = torch.randn(most, *shape, generator=draw).to(device)
     told = [places[i % len(places)] for i in range(most)]
     alone: dict[int, Tensor] = {}
+
+    _call(network, x[:1], told[:1])
 
     def keeps(batch: Sequence[int]) -> bool:
         for i in batch:
@@ -69,11 +73,14 @@ def examine(
     powers = [2**k for k in range(1, most.bit_length()) if 2**k <= most]
     widths = [1]
     for width in dict.fromkeys([*powers, most, *range(2, most)]):
-        if time.monotonic() - begin > SECONDS:
+        if spent > SECONDS or time.monotonic() - begin > COLD_SECONDS:
             break
+        _call(network, x[:width], told[:width])
+        warm = time.monotonic()
         order = torch.randperm(most, generator=draw).tolist()
         if keeps(order[:width]) and keeps(order[-width:][::-1]):
             widths.append(width)
+        spent += time.monotonic() - warm
     return Promise(tuple(sorted(widths)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import queue
 import threading
 import time
@@ -13,6 +14,7 @@ from torch import Tensor
 
 QUEUED, RUNNING, PAUSED, DONE, FAILED = "queued", "running", "paused", "done", "failed"
 _numbers = itertools.count()
+_log = logging.getLogger(__name__)
 
 
 class Preview(NamedTuple):
@@ -45,6 +47,8 @@ class Ticket:
     ):
         self.number, self.priority, self.deadline, self.previews = next(_numbers), priority, deadline, previews
         self.state, self.made, self.cancelled, self.held = QUEUED, time.monotonic(), False, False
+        self.started: float | None = None  # when it first got a place, of ``time.monotonic`` as all of these
+        self.ended: float | None = None
         self._wake, self._done, self._lock = wake, threading.Event(), threading.Lock()
         self._result: Tensor | None = None
         self._error: BaseException | None = None
@@ -94,15 +98,15 @@ class Ticket:
     def listen(self, call: Listener) -> None:
         """Have something called with every preview, those of the past included, and with None at the end.
 
-        It is called by the engine's thread, which waits for it.
+        It is called by the engine's thread, which waits for it. An exception is logged, and costs nobody an image.
         """
         with self._lock:
             for preview in self._kept:
-                call(preview)
+                _tell(call, preview)
             if not self._done.is_set():
                 self._listeners.append(call)
                 return
-        call(None)
+        _tell(call, None)
 
     # --- for the engine ---------------------------------------------------------------------------------------------
 
@@ -111,7 +115,7 @@ class Ticket:
         with self._lock:
             self._kept.append(preview)
             for call in self._listeners:
-                call(preview)
+                _tell(call, preview)
 
     def finish(self, result: Tensor | None, error: BaseException | None = None) -> None:
         """Answer. A request is answered once: a second answer is a fault of the engine's."""
@@ -119,8 +123,15 @@ class Ticket:
             if self._done.is_set():
                 raise RuntimeError(f"request {self.number} was answered before")
             self._result, self._error = result, error
-            self.state = FAILED if error is not None else DONE
+            self.state, self.ended = FAILED if error is not None else DONE, time.monotonic()
             self._done.set()
             listeners, self._listeners = self._listeners, []
         for call in listeners:
-            call(None)
+            _tell(call, None)
+
+
+def _tell(call: Listener, preview: Preview | None) -> None:
+    try:
+        call(preview)
+    except Exception:
+        _log.exception("a listener failed; its ticket goes on")

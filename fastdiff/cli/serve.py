@@ -1,0 +1,98 @@
+"""``fastdiff serve``: a model behind HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from fastdiff.backends import BACKENDS
+from fastdiff.cli.common import show
+from fastdiff.cli.generate import DTYPES
+from fastdiff.errors import BackendError, PlanError
+from fastdiff.pipeline import Pipeline, resolve
+from fastdiff.text_to_image import TextToImage
+
+EXAMPLE = """\
+Try it:
+  fastdiff serve --model digits
+  open http://127.0.0.1:8000 in a browser, or
+  curl http://127.0.0.1:8000/v1/images/generations -H 'Content-Type: application/json' \\
+       -d '{"class_label": 3, "seed": 1}'
+
+Whatever is not given here is read from the environment, as FASTDIFF_SERVE_PORT, FASTDIFF_SERVE_MAX_STEPS and so on.
+SIGTERM or Ctrl-C: requests in flight are finished first. docs/SERVING.md says more."""
+# setting: metavar, help
+NUMBERS = {
+    "port": ("PORT", "where to listen; 0: any free port (default: 8000)"),
+    "max_batch": ("N", "places in one evaluation of the network; a guided image takes two (default: 8)"),
+    "max_queue": ("N", "images that may wait; beyond, clients are told when to come again (default: 256)"),
+    "max_images": ("N", "images of one request (default: 16)"),
+    "max_steps": ("N", "steps of one image (default: 200)"),
+    "max_pixels": ("N", "pixels of one image (default: 4194304)"),
+    "max_body": ("BYTES", "size of a request (default: 131072)"),
+    "timeout": ("SECONDS", "from request to image (default: 300)"),
+    "drain": ("SECONDS", "for requests in flight when the server is told to stop (default: 30)"),
+}
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    add = command.add_argument
+    command.formatter_class, command.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLE
+    add("--name", help="what clients call the model (default: the name of its folder)")
+    add("--host", metavar="ADDRESS", help="where to listen (default: 127.0.0.1: this machine only)")
+    add("--api-key-env", metavar="VARIABLE", help="environment variable with the key that clients have to give")
+    for name, (metavar, text) in NUMBERS.items():
+        add("--" + name.replace("_", "-"), type=float if metavar == "SECONDS" else int, metavar=metavar, help=text)
+    add("--log-level", default="info", choices=["debug", "info", "warning", "error"], help="JSON lines on stderr")
+    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--dtype", default="float32", choices=sorted(DTYPES))
+    add("--backend", default="auto", choices=sorted(BACKENDS))
+    add("--artifact", type=Path, help="exported file, for backends that run one")
+
+
+def serve(options: argparse.Namespace) -> int:
+    """``fastdiff serve``."""
+    try:
+        from pydantic import ValidationError
+
+        from fastdiff.serve.run import run
+        from fastdiff.serve.settings import Settings
+    except ImportError as error:
+        raise BackendError(f"serve needs {error.name}: pip install 'fastdiff[serve]'") from error
+    try:
+        settings = Settings(**_given(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("_", "-")
+        raise PlanError(f"--{name} is {first['input']!r}; {first['msg'].lower()}") from error
+    pipe = Pipeline.from_pretrained(
+        options.model, device=options.device, dtype=DTYPES[options.dtype], backend=options.backend,
+        artifact=options.artifact,
+    )  # fmt: skip
+    if isinstance(pipe, TextToImage):
+        raise PlanError(f"{options.model} is a text-to-image model; serve does not take those yet")
+    name = options.name or resolve(options.model).resolve().name
+
+    def ready(url: str) -> None:
+        show(options, {"url": url, "model": name}, f"{name} is served at {url} (Ctrl-C ends it)")
+
+    try:
+        run(pipe, name, settings, options.log_level, ready)
+    except KeyboardInterrupt:  # raised once more when all requests were finished
+        pass
+    return 0
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line names."""
+    names = ("host", *NUMBERS)
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.api_key_env is not None:
+        key = os.environ.get(options.api_key_env)
+        if not key:
+            raise PlanError(f"--api-key-env is {options.api_key_env}; that variable is not set, or empty")
+        given["api_key"] = key
+    return given

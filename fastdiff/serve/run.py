@@ -1,0 +1,104 @@
+"""From settings to a server that listens, serves, and ends when it is told to."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging.config
+import signal
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from fastdiff.engine import Engine
+from fastdiff.pipeline import Pipeline
+from fastdiff.serve.app import create_app
+from fastdiff.serve.logs import log_config
+from fastdiff.serve.metrics import Metrics
+from fastdiff.serve.models import ClassConditional
+from fastdiff.serve.settings import Settings
+
+log = logging.getLogger("fastdiff.serve")
+
+
+def run(pipeline: Pipeline, name: str, settings: Settings, level: str, ready: Callable[[str], None]) -> None:
+    """Serve a model until SIGINT or SIGTERM; requests in flight are finished first.
+
+    Args:
+        pipeline: the model.
+        name: what clients call it.
+        settings: how to listen, and limits.
+        level: of the log.
+        ready: called with the server's URL once it listens.
+
+    Raises:
+        BackendError: if the model cannot be served.
+        OSError: if the address cannot be had.
+    """
+    config = log_config(level)
+    logging.config.dictConfig(config)
+    with listen(settings) as listening:
+        metrics = Metrics()
+        engine = Engine(pipeline, max_batch=settings.max_batch, max_queue=settings.max_queue, watch=metrics.turn)
+        app = create_app(engine, ClassConditional(pipeline, name), settings, metrics)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ws="none",
+                http="h11",
+                lifespan="on",
+                timeout_graceful_shutdown=max(1, round(settings.drain)),
+            )  # fmt: skip
+        )
+        if settings.api_key is None and not loopback(settings.host):
+            log.warning("everybody who can reach %s may use this server: it has no API key", settings.host)
+        url = url_of(listening)
+        log.info("ready", extra={"facts": {"url": url, "model": name, "batching": engine.promises()}})
+        ready(url)
+        handled = signal.signal(signal.SIGTERM, _end)  # uvicorn raises it once more when it is done
+        try:
+            server.run(sockets=[listening])
+        finally:
+            signal.signal(signal.SIGTERM, handled)
+            engine.close(drain=False)
+
+
+def _end(*_: object) -> None:
+    """Told to end, and ended: no failure."""
+
+
+def listen(settings: Settings) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        OSError: if the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    # the protocol by name: asyncio sends small answers at once (TCP_NODELAY) on no other sockets, and clients that keep
+    # their connection would wait 40 ms for each
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((settings.host, settings.port))
+        listening.listen(2048)
+    except OSError as error:
+        listening.close()
+        raise OSError(error.errno, f"{settings.host}:{settings.port}: {error.strerror or error}") from error
+    return listening
+
+
+def url_of(listening: socket.socket) -> str:
+    """Where a socket is reached."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def loopback(host: str) -> bool:
+    """Can nobody else reach a server there?"""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
