@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 DATA ?=
 OUT ?=
 
-.PHONY: demo test fast bench check-main check-samplers check-unets check-cpu check-gpu lint report clean
+.PHONY: demo test fast bench check-main check-samplers check-unets check-cpu check-gpu check-engine lint report clean
 
 demo: $(STAMP)
 	$(BIN)/python -m fastdiff.benchmarks.demo
@@ -38,6 +38,10 @@ check-cpu: $(STAMP)
 # QUICK=1: only what is quick. SUITE=folder: keep the suite's files there, and go on with an interrupted run.
 check-gpu: $(STAMP)
 	@$(BIN)/python -m fastdiff.benchmarks.check_gpu $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT)) $(if $(SUITE),--suite $(SUITE))
+
+# QUICK=1: fewer requests, under ten minutes.
+check-engine: $(STAMP)
+	@$(BIN)/python -m fastdiff.benchmarks.check_engine $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT))
 
 lint: $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy
