@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 DATA ?=
 OUT ?=
 
-.PHONY: demo test fast bench check-main check-samplers check-unets check-cpu check-gpu check-export lint report clean
+.PHONY: demo test fast bench check-main check-samplers check-unets check-cpu check-gpu check-export check-engine lint report clean
 
 demo: $(STAMP)
 	$(BIN)/python -m fastdiff.benchmarks.demo
@@ -42,6 +42,10 @@ check-gpu: $(STAMP)
 # QUICK=1: half the width. In full it needs 16 GB of memory: two runtimes hold Stable Diffusion 1.5 at once.
 check-export: $(STAMP)
 	@$(BIN)/python -m fastdiff.benchmarks.check_export $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT))
+
+# QUICK=1: fewer requests, under ten minutes.
+check-engine: $(STAMP)
+	@$(BIN)/python -m fastdiff.benchmarks.check_engine $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT))
 
 lint: $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy

@@ -303,6 +303,7 @@ def test_models_health_and_openapi(client):
     assert client.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
     assert client.get("/nothing").json()["error"]["code"] == "not_found"
     assert client.get(URL).json()["error"]["code"] == "method_not_allowed"
+    assert client.post(URL + "/", json={}, follow_redirects=False).status_code == 404
     document = client.get("/openapi.json").json()
     body = document["components"]["schemas"]["ImageRequest"]["properties"]
     assert body["n"]["anyOf"][0]["maximum"] == 16 and body["num_inference_steps"]["anyOf"][0]["maximum"] == 200

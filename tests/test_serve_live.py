@@ -81,6 +81,19 @@ def test_bodies_without_end_are_not_held(live):
     assert live.holding().peak < before + 20 * 2**20
 
 
+def test_hostile_requests_break_nothing(live):
+    """``make check-engine`` sends 100,000 of them."""
+    pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+    from fastdiff.benchmarks.hostile import Attacker, by_document, made, made_up, mutated
+
+    corpus = made(by_document(json.loads(live.get("/openapi.json"))), 60) + made(made_up(), 120)
+    attacker = Attacker(live)
+    for attack in [*corpus, *mutated(corpus, 300)]:
+        attacker(attack)
+    attacker.close()
+    assert attacker.outcome.bad == [] and {200, 400, 404, 405} <= set(attacker.outcome.answers)
+
+
 def test_a_body_that_does_not_come_is_not_waited_for():
     with server(STUB, FASTDIFF_SERVE_BODY_TIMEOUT="0.3") as live:
         with socket.create_connection((live.host, live.port), timeout=30) as raw:

@@ -32,6 +32,7 @@ from fastdiff.serve.schema import (
     ImagesResponse,
     ModelCard,
     ModelList,
+    Picture,
     Status,
     limited,
 )
@@ -70,8 +71,14 @@ def create_app(
         yield
         await AsyncEngine(engine).close(timeout=settings.drain)
 
-    app = FastAPI(title="fastdiff", version=metadata.version("fastdiff"), lifespan=lifespan, redoc_url=None,
-                  description="Images from a diffusion UNet. The same seed gives the same image.")  # fmt: skip
+    app = FastAPI(
+        title="fastdiff",
+        version=metadata.version("fastdiff"),
+        description="Images from a diffusion UNet. The same seed gives the same image.",
+        lifespan=lifespan,
+        redoc_url=None,
+        redirect_slashes=False,  # a redirect would repeat whatever host the client named
+    )
     app.add_middleware(Guard, settings=settings)
     app.add_middleware(Watch, metrics=metrics)  # the outer one
     for kind in (FastdiffError, RequestValidationError, HTTPException):
@@ -97,8 +104,9 @@ def _add_images(app: FastAPI, studio: Studio, served: Served, settings: Settings
     @app.post(
         "/v1/images/generations", response_model=ImagesResponse, response_model_exclude_none=True, responses=PROBLEMS
     )
-    async def generate(asked: Body, request: Request) -> Any:  # type: ignore[valid-type]
+    async def generate(body: Body, request: Request) -> Any:  # type: ignore[valid-type]
         """Draw images. With ``stream`` the answer is a stream of server-sent events."""
+        asked: ImageRequest = body
         job = await _begin(asked, request, studio.engine, served, settings)
         if asked.stream:
             return EventStream(studio, job)
@@ -107,13 +115,17 @@ def _add_images(app: FastAPI, studio: Studio, served: Served, settings: Settings
         finally:
             job.give_up()
             studio.metrics.waited(job.tickets)
-        pictures = [
-            {"url": data_url(text, job.encoding)} if asked.response_format == "url" else {"b64_json": text}
-            for text in made
-        ]
-        data = [picture | {"seed": seed} for picture, seed in zip(pictures, job.seeds, strict=True)]
-        whole = ImagesResponse(created=int(time.time()), data=data, output_format=job.encoding, size=job.size)
-        return JSONResponse(whole.model_dump(exclude_none=True))
+        return _whole(job, made, as_url=asked.response_format == "url")
+
+
+def _whole(job: Job, made: list[str], as_url: bool) -> JSONResponse:
+    """All images of a job in one answer."""
+    data = [
+        Picture(url=data_url(text, job.encoding), seed=seed) if as_url else Picture(b64_json=text, seed=seed)
+        for text, seed in zip(made, job.seeds, strict=True)
+    ]
+    whole = ImagesResponse(created=int(time.time()), data=data, output_format=job.encoding, size=job.size)
+    return JSONResponse(whole.model_dump(exclude_none=True))
 
 
 async def _begin(asked: ImageRequest, request: Request, engine: AsyncEngine, served: Served, settings: Settings) -> Job:

@@ -18,7 +18,7 @@ from fastdiff.engine import AsyncEngine, Preview, Ticket
 from fastdiff.errors import Cancelled
 from fastdiff.serve.asgi import log, note
 from fastdiff.serve.encode import encode
-from fastdiff.serve.errors import failure
+from fastdiff.serve.errors import GONE, failure
 from fastdiff.serve.metrics import Metrics
 from fastdiff.serve.schema import NO_TOKENS, Encoding
 
@@ -181,7 +181,7 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            if not all(ticket.done() for ticket in self.job.tickets):
-                note(scope, status=499)
             self.job.give_up()
+            if any(ticket.cancelled for ticket in self.job.tickets):
+                note(scope, status=GONE)
             self.studio.metrics.waited(self.job.tickets)

@@ -21,10 +21,10 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="FASTDIFF_SERVE_", extra="forbid", frozen=True)
 
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)  # 0: any that is free
+    port: int = Field(default=8000, ge=0, le=65535)  # 0: any that is free
     api_key: SecretStr | None = None
 
-    max_batch: int = Field(8, ge=2)  # the network's places in one evaluation
+    max_batch: int = Field(default=8, ge=2)  # the network's places in one evaluation
     max_queue: Count = 256  # images that may wait
     max_requests: Count = 1024  # requests in flight; each holds a body and a connection
     max_images: Count = 16  # of one request
