@@ -87,7 +87,12 @@ def requests(count: int, seed: int) -> list[dict[str, Any]]:
     """Mixed requests, the same for the same seed."""
     draw = random.Random(seed)
     return [
-        {"class_label": draw.randrange(10), "num_inference_steps": draw.choice(STEPS), "seed": draw.randrange(2**31)}
+        {
+            "class_label": draw.randrange(10),
+            "num_inference_steps": draw.choice(STEPS),
+            "seed": draw.randrange(2**31),
+            "sampler": "ddim",
+        }  # Euler's method on this path, as in the peers
         for _ in range(count)
     ]
 

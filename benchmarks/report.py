@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fastdiff.benchmarks import report_cpu, report_samplers
+from fastdiff.benchmarks import report_cpu, report_engine, report_samplers
 from fastdiff.benchmarks.table import BATCH, PEER
 from fastdiff.models.files import write_text
 from fastdiff.pipeline import Pipeline
@@ -109,7 +109,7 @@ def fill(text: str, name: str, content: str) -> str:
 
 
 def main() -> None:
-    """Regenerate the tables of the README, of docs/SAMPLERS.md and of docs/CPU.md from the committed results."""
+    """Regenerate the tables of the README, docs/SAMPLERS.md, docs/CPU.md and docs/SERVING.md from the committed results."""
     root = Path(__file__).resolve().parents[1]
     results = json.loads((root / "benchmarks/results/main.json").read_text(encoding="utf-8"))
     readme = root / "README.md"
@@ -118,7 +118,12 @@ def main() -> None:
     cpu = json.loads((root / "benchmarks/results/cpu.json").read_text(encoding="utf-8"))
     write_text(readme, fill(readme.read_text(encoding="utf-8"), "cpu", report_cpu.summary(cpu)))
     report_cpu.plot(cpu, root / "docs/cpu.png")
-    for name, page, report in (("samplers", "SAMPLERS", report_samplers), ("cpu", "CPU", report_cpu)):
+    pages = (
+        ("samplers", "SAMPLERS", report_samplers),
+        ("cpu", "CPU", report_cpu),
+        ("engine", "SERVING", report_engine),
+    )
+    for name, page, report in pages:
         found = json.loads((root / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
         text = (root / f"docs/{page}.md").read_text(encoding="utf-8")
         for part, table in report.PARTS.items():
