@@ -42,7 +42,7 @@ class Sizes(NamedTuple):
     rounds: int
 
 
-FULL, QUICK = Sizes(60, 96, 90.0, 3), Sizes(18, 48, 40.0, 2)
+FULL, QUICK = Sizes(60, 96, 90.0, 3), Sizes(12, 32, 35.0, 1)
 
 
 def free_port() -> int:

@@ -109,7 +109,7 @@ def fill(text: str, name: str, content: str) -> str:
 
 
 def main() -> None:
-    """Regenerate the tables of the README, docs/SAMPLERS.md, docs/CPU.md and docs/SERVING.md from the committed results."""
+    """Regenerate the tables of the README and of the pages under docs/ from the committed results."""
     root = Path(__file__).resolve().parents[1]
     results = json.loads((root / "benchmarks/results/main.json").read_text(encoding="utf-8"))
     readme = root / "README.md"
