@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastdiff.benchmarks import bench_engine
-from fastdiff.benchmarks.bars import Bar, at_most, show, suite
+from fastdiff.benchmarks.bars import Bar, at_most, command, suite
 from fastdiff.benchmarks.churn import churn
-from fastdiff.benchmarks.environment import environment, write_json
+from fastdiff.benchmarks.environment import environment
 from fastdiff.benchmarks.hostile import URL, Attack, Attacker, by_document, flood, made, made_up, mutated
 from fastdiff.benchmarks.server_process import REAL, STUB, Server, server
 from fastdiff.engine import Engine
@@ -128,22 +126,7 @@ def bars(quick: bool, report: dict[str, Any]) -> Iterator[Bar]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m fastdiff.benchmarks.check_engine``."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer requests")
-    parser.add_argument("--out", type=Path, help="write bars and details to this JSON file")
-    options = parser.parse_args(arguments)
-    report: dict[str, Any] = {"command": "make check-engine" + (" QUICK=1" if options.quick else "")}
-    shown: list[Bar] = []
-
-    def kept() -> Iterator[Bar]:
-        for bar in bars(options.quick, report):
-            shown.append(bar)
-            yield bar
-
-    short = show(kept())
-    if options.out:
-        write_json(options.out, report | {"bars": [bar._asdict() for bar in shown]})
-    return short
+    return command("check-engine", __doc__.split("\n")[0], "fewer requests", bars, arguments)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,6 @@ SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (3, 4, 4, 320), (2, 16, 9, 48)]
 GIVEN = ["", "bias", "residual", "bias residual"]
 
 
-@pytest.fixture
-def device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    if not module.INTERPRETED:
-        pytest.skip("no GPU, and TRITON_INTERPRET was not set before triton was imported")
-    return "cpu"
-
-
 def parts(shape, given, dtype, device):
     draw = torch.Generator().manual_seed(len(given))
     sizes = {"bias": shape[3:], "residual": shape}

@@ -16,7 +16,7 @@ class Bucket:
     """Images of one shape, which run together.
 
     Args:
-        width: the network's places that they may take together; halved or so when memory runs out.
+        width: the network's places they may take together; when memory runs out, those of all but the newest image.
         promise: in which batches they keep their bits.
     """
 
