@@ -21,15 +21,15 @@ from fastdiff.backends.plan_files import manifest_of
 from fastdiff.built.folder import BUILT, FORMAT, FUSED, STEPS, TABLES, Preset
 from fastdiff.built.tables import to_json
 from fastdiff.errors import ArtifactError, PlanError
-from fastdiff.export.onnx import Options, export_sampler, export_unet
+from fastdiff.export.onnx import Options, export_sampler, export_unet, table_of
 from fastdiff.export.plan_cache import PlanCache
 from fastdiff.export.tensorrt import Bucket, Recipe
 from fastdiff.models.files import sha256, write_tensors, write_text
 from fastdiff.models.weights import Model, fingerprint
-from fastdiff.sampling.parts import initial_scale, make_solver, make_times
+from fastdiff.sampling.parts import initial_scale
 from fastdiff.sampling.path import PATHS
 from fastdiff.sampling.prediction import PREDICTIONS
-from fastdiff.sampling.table import StepTable, build
+from fastdiff.sampling.table import StepTable
 
 UNET = "unet.onnx"
 STEPS_OF = {"flow_map": 4}
@@ -124,8 +124,7 @@ def _preset(model: Model, wanted: Wanted) -> tuple[str, Preset, StepTable | None
     strength = model.info.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale
     if strength != 1 and model.info.null_label is None:
         raise PlanError(f"guidance_scale is {strength:g}; this model has no null label, so 1 alone is allowed")
-    times = make_times(path, steps)
-    table = build(path, prediction, make_solver(sampler, {}), times, guidance=strength)
+    table, times = table_of(model, (path, prediction), sampler, steps, strength)
     name = f"{sampler.replace(':', '-').replace(',', '-').replace('=', '')}-{steps}" + (
         "-fused" if wanted.fused else ""
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from fastdiff.artifact import Manifest
+from fastdiff.calibration.file import CALIBRATED, load_for
 from fastdiff.errors import PlanError
 from fastdiff.export.adapters import DOWN, UP, adaptable, drawn, merged
 from fastdiff.export.graph import Graph
@@ -21,11 +22,12 @@ from fastdiff.export.sampler import NEGATIVE, Walk, eagerly, sampler_graph
 from fastdiff.export.targets import target_of
 from fastdiff.models.unet import UNet
 from fastdiff.models.weights import Model, fingerprint, weights_hash
+from fastdiff.sampling.grid import Times
 from fastdiff.sampling.parts import initial_scale, make_solver, make_times
 from fastdiff.sampling.path import PATHS
 from fastdiff.sampling.path import Path as NoisePath
 from fastdiff.sampling.prediction import PREDICTIONS, Prediction
-from fastdiff.sampling.table import build
+from fastdiff.sampling.table import StepTable, build
 
 HALVED = ("encoder_hidden_states", "timestep_cond")  # conditioning that a network computes with in its own type
 LARGE = 200_000_000  # parameters from which parity is measured at one size alone
@@ -169,7 +171,7 @@ def export_sampler(
         model: float32.
         file: where to write.
         num_inference_steps: steps unrolled into the graph.
-        sampler: a deterministic one; by default ``flow_map`` for flow maps, else ``dpmpp_2m``.
+        sampler: a deterministic one, or ``"calibrated"``; by default ``flow_map`` for flow maps, else ``dpmpp_2m``.
         guidance_scale: by default the model's own.
         size: height and width; the model's own unless given.
         trained: as for ``export_unet``.
@@ -187,8 +189,7 @@ def export_sampler(
     path, prediction = trained or meaning(model)
     name = sampler or ("flow_map" if prediction.two_time else "dpmpp_2m")
     strength = info.guidance_scale if guidance_scale is None else guidance_scale
-    times = make_times(path, num_inference_steps)
-    steps = build(path, prediction, make_solver(name, {}), times, guidance=strength)
+    steps, times = table_of(model, (path, prediction), name, num_inference_steps, strength)
     if steps.structure.draws:
         raise PlanError(f"sampler {name!r} draws noise at its steps; only deterministic samplers fit into one graph")
     images = not unet.config.conditional
@@ -200,6 +201,24 @@ def export_sampler(
     facts = {"name": name, "num_inference_steps": num_inference_steps, "guidance_scale": strength}
     place = Path(file)
     return finish(place, [Part(place.name, graph)], "sampler", _identity(model), options, original, cases, facts)
+
+
+def table_of(
+    model: Model, trained: Trained, sampler: str, num_inference_steps: int, strength: float
+) -> tuple[StepTable, Times]:
+    """The step table of a sampler by name, and its times.
+
+    Raises:
+        ArtifactError: if a calibrated one is asked for, and the model's folder holds none that is its own.
+        PlanError: if the sampler does not fit the model.
+    """
+    if sampler != CALIBRATED:
+        times = make_times(trained[0], num_inference_steps)
+        return build(*trained, make_solver(sampler, {}), times, guidance=strength), times
+    found = load_for(trained, _identity(model), model.folder)
+    found.calibration.check_strength(strength)
+    plan = found.plan(num_inference_steps)
+    return build(*trained, plan.solver, plan.times, guidance=strength), plan.times
 
 
 def _starts(unet: UNet, graph: Graph, batch: int) -> Inputs:

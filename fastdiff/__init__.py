@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import metadata
 
+from fastdiff.calibration import Calibration, calibrate
 from fastdiff.engine import AsyncEngine, Engine
 from fastdiff.errors import ArtifactError, BackendError, EngineError, FastdiffError, PlanError, ShapeError
 from fastdiff.integrations.pipelines import optimize, restore, summary
@@ -16,6 +17,7 @@ __all__ = [
     "ArtifactError",
     "AsyncEngine",
     "BackendError",
+    "Calibration",
     "Cond",
     "Engine",
     "EngineError",
@@ -24,6 +26,7 @@ __all__ = [
     "Pipeline",
     "PlanError",
     "ShapeError",
+    "calibrate",
     "from_diffusers_scheduler",
     "iterate",
     "optimize",

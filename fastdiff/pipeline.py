@@ -15,6 +15,7 @@ from fastdiff.backends import Spec, load_backend
 from fastdiff.backends.eager import ops_for
 from fastdiff.backends.in_memory import walk_of
 from fastdiff.built import BuiltPipeline, is_built
+from fastdiff.calibration.file import AUTO, CALIBRATED, Calibrated, load_for
 from fastdiff.errors import ArtifactError, PlanError
 from fastdiff.images import Output, to_images
 from fastdiff.integrations.schedulers import Sampler, from_diffusers_scheduler
@@ -23,13 +24,14 @@ from fastdiff.models.files import inside, read_json
 from fastdiff.models.weights import MANIFEST, Model, ModelInfo, fingerprint, load_model, load_unet
 from fastdiff.sampling.clipping import Clip
 from fastdiff.sampling.denoiser import Cond, Network
+from fastdiff.sampling.embedded import choose_steps
 from fastdiff.sampling.guidance import Rule
 from fastdiff.sampling.loop import State
 from fastdiff.sampling.parts import Generators
 from fastdiff.sampling.path import PATHS
 from fastdiff.sampling.path import Path as NoisePath
 from fastdiff.sampling.prediction import PREDICTIONS, Prediction
-from fastdiff.sampling.run import Ready, ready, sample
+from fastdiff.sampling.run import Planner, Ready, ready, sample
 from fastdiff.sampling.solvers import Solver
 from fastdiff.sampling.steering import Interval, Strength
 from fastdiff.text_to_image import TextToImage, load_folder, load_single_file
@@ -76,6 +78,8 @@ class Pipeline:
             self.path, self.prediction = sampler.trained()
         else:
             self.path, self.prediction = PATHS[model.info.path](), PREDICTIONS[model.info.prediction]
+        self.guidance_scale = model.info.guidance_scale
+        self._calibrated: Calibrated | None = None
 
     @classmethod
     def from_pretrained(
@@ -159,17 +163,35 @@ class Pipeline:
         """The SHA-256 of the weights, see ``fingerprint``."""
         return fingerprint(self.model.folder) if self.model.folder else ""
 
+    def trained(self) -> tuple[NoisePath, Prediction]:
+        """What the network was trained on, and what it predicts."""
+        return self.path, self.prediction
+
+    def load_calibration(self, file: str | os.PathLike[str] | None = None, force: bool = False) -> Calibrated:
+        """Load what ``sampler="calibrated"`` means; see docs/CALIBRATION.md.
+
+        Args:
+            file: what ``fastdiff calibrate`` wrote; by default ``calibration.json`` in the model's folder.
+            force: take it even if it was made for other weights.
+
+        Raises:
+            ArtifactError: if it is missing, damaged, or made for another network.
+        """
+        self._calibrated = load_for(self.trained(), self.model_hash(), self.model.folder, file, force)
+        return self._calibrated
+
     def __call__(
         self,
         class_labels: int | Sequence[int] | None = None,
         *,
-        num_inference_steps: int | None = None,
+        num_inference_steps: int | str | None = None,
+        tolerance: float | None = None,
         guidance_scale: Strength | Sequence[Strength] | None = None,
         guidance: str | Rule = "cfg",
         guidance_rescale: float = 0.0,
         guidance_interval: Interval | None = None,
         guide: Pipeline | None = None,
-        sampler: str | Solver | Sampler | None = None,
+        sampler: str | Solver | Planner | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         generator: Generators | None = None,
@@ -187,15 +209,18 @@ class Pipeline:
 
         Args:
             class_labels: one label or several; without any, one image of no particular class.
-            num_inference_steps: 4 for ``flow_map``, 20 otherwise, unless given.
+            num_inference_steps: 4 for ``flow_map``, 20 otherwise, unless given. ``"auto"``: the fewest that keep the
+                error within ``tolerance``, known beforehand of a calibrated sampler, estimated by a walk of 8 steps
+                for ``unipc``.
+            tolerance: error to allow ``"auto"``, relative to the image's own size.
             guidance_scale: strength of guidance, a number or a function of time, or one of these for each image; by
                 default the model's own, 1 means none.
             guidance: a name of ``GUIDANCES`` or a rule, see docs/GUIDANCE.md.
             guidance_rescale: share of the guided output that is brought back to the conditional one's contrast.
             guidance_interval: noise levels ``sigma / alpha`` between which to guide.
             guide: a weaker model whose estimate takes the place of the unconditional one; it gets the same labels.
-            sampler: a name of ``SOLVERS``, or of ``from_diffusers_scheduler``; by default the scheduler that came with
-                the model, ``flow_map`` where the network is one, else ``dpmpp_2m``.
+            sampler: a name of ``SOLVERS``, what ``from_diffusers_scheduler`` returns, or ``"calibrated"``; by default
+                the scheduler that came with the model, ``flow_map`` where the network is one, else ``dpmpp_2m``.
             num_images_per_prompt: images for each label.
             seed: one for the batch (image ``i`` gets ``seed + i``), or one for each image. The same seed gives the
                 same image in any batch.
@@ -222,8 +247,12 @@ class Pipeline:
         def report(i: int, timestep: float, state: State) -> None:
             callback(self, i, timestep, {"latents": state.x})
 
+        tolerance = given["tolerance"]
+        options = self._options(**given)
+        if options["num_inference_steps"] == AUTO:
+            options["num_inference_steps"] = choose_steps(tolerance=tolerance, **options)
         x = sample(
-            **self._options(**given),
+            **options,
             callback=None if callback is None else report,
             ops=ops_for(self.device),
             walk=walk_of(self.network),
@@ -247,9 +276,9 @@ class Pipeline:
         given = arguments_of_a_run(self.__call__, class_labels, **options)
         return ready(**self._options(**given), history=history)
 
-    def examples(self) -> list[int | None]:
+    def examples(self, most: int = 3) -> list[int | None]:
         """Class labels to examine the network with."""
-        return list(range(min(3, len(self.model.info.classes)))) or [None]
+        return list(range(min(most, len(self.model.info.classes)))) or [None]
 
     def finish(self, x: Tensor, output_type: str = "pil") -> Any:
         """What the loop ends with, ``[B, C, H, W]``, as images."""
@@ -260,8 +289,9 @@ class Pipeline:
         *,
         class_labels: int | Sequence[int] | None,
         num_images_per_prompt: int,
-        num_inference_steps: int | None,
-        sampler: str | Solver | Sampler | None,
+        num_inference_steps: int | str | None,
+        tolerance: float | None,
+        sampler: str | Solver | Planner | None,
         guidance_scale: Strength | Sequence[Strength] | None,
         guide: Pipeline | None,
         **others: Any,
@@ -271,8 +301,11 @@ class Pipeline:
         config, info = self.model.network.config, self.model.info
         if config.sample_size is None:
             raise PlanError("config.json of this model has no sample_size, so it says not how large its images are")
-        chosen, steps = self.choose(sampler, num_inference_steps)
-        own = isinstance(chosen, Sampler)  # brings path, prediction and times
+        strength = self.guidance_scale if guidance_scale is None else guidance_scale
+        chosen, steps = self.choose(sampler, num_inference_steps, tolerance)
+        own = isinstance(chosen, Planner)  # brings path, prediction and times
+        if isinstance(chosen, Calibrated):
+            chosen.calibration.check_strength(strength)
         weak = None if info.null_label is None or guide is not None else self._cond([info.null_label] * len(labels))
         return {
             "network": self.network,
@@ -283,17 +316,28 @@ class Pipeline:
             "prediction": "velocity" if own else self.prediction,
             "cond": self._cond(labels),
             "uncond": weak,
-            "guidance_scale": info.guidance_scale if guidance_scale is None else guidance_scale,
+            "guidance_scale": strength,
             "guide": None if guide is None else self._like(guide),
             "device": self.device,
             **others,
         }
 
     def choose(
-        self, sampler: str | Solver | Sampler | None, num_inference_steps: int | None
-    ) -> tuple[str | Solver | Sampler, int]:
+        self,
+        sampler: str | Solver | Planner | None,
+        num_inference_steps: int | str | None,
+        tolerance: float | None = None,
+    ) -> tuple[str | Solver | Planner, int | str]:
         """Return the sampler and the number of steps of a call, with the model's defaults where None is given."""
         chosen = sampler or self.sampler or ("flow_map" if self.prediction.two_time else "dpmpp_2m")
+        if chosen == CALIBRATED:
+            chosen = self._calibrated or self.load_calibration()
+        if isinstance(chosen, Calibrated):
+            return chosen, chosen.calibration.steps(num_inference_steps, tolerance)
+        if tolerance is not None and num_inference_steps != AUTO:
+            raise PlanError(
+                f"tolerance is {tolerance:g}, num_inference_steps {num_inference_steps!r}; it goes with 'auto'"
+            )
         steps = num_inference_steps if num_inference_steps is not None else 4 if chosen == "flow_map" else 20
         return chosen, steps
 

@@ -27,16 +27,28 @@ ALLOWED: dict[str, set[str]] = {
     "artifact": {"errors", "models"},  # of models only the file helpers, see below
     "graph": set(),
     "backends": {"errors", "kernels", "sampling", "models", "artifact", "graph"},
-    "export": {"errors", "kernels", "sampling", "models", "artifact", "backends", "built"},
+    "export": {"calibration", "errors", "kernels", "sampling", "models", "artifact", "backends", "built"},
     "training": {"errors", "kernels", "sampling", "models"},
     "integrations": {"errors", "kernels", "sampling", "models", "backends"},
     "arguments": {"errors"},
     "images": {"errors"},
     "labels": {"errors"},
     "built": {"errors", "sampling", "models", "artifact", "backends", "images", "labels"},  # of models: file helpers
-    "text_to_image": {"errors", "kernels", "sampling", "models", "backends", "integrations", "images", "arguments"},
+    "calibration": {"errors", "models", "sampling"},  # of models: file helpers
+    "text_to_image": {
+        "calibration",
+        "errors",
+        "kernels",
+        "sampling",
+        "models",
+        "backends",
+        "integrations",
+        "images",
+        "arguments",
+    },
     "pipeline": {
         "arguments",
+        "calibration",
         "errors",
         "kernels",
         "sampling",
@@ -49,8 +61,16 @@ ALLOWED: dict[str, set[str]] = {
         "text_to_image",
     },
     "engine": {"errors", "kernels", "sampling", "backends", "pipeline", "text_to_image"},
-    "serve": {"errors", "sampling", "images", "pipeline", "engine"},
-    "": {"errors", "engine", "sampling", "pipeline", "training", "integrations"},  # the package's own public names
+    "serve": {"calibration", "errors", "sampling", "images", "pipeline", "engine"},
+    "": {
+        "calibration",
+        "errors",
+        "engine",
+        "sampling",
+        "pipeline",
+        "training",
+        "integrations",
+    },  # the package's own public names
 }
 ALLOWED["benchmarks"] = set(ALLOWED) | {"cli"}
 ALLOWED["cli"] = set(ALLOWED)
@@ -133,7 +153,7 @@ def test_build_time_parts_are_imported_inside_functions_of_cli_alone():
     assert all(a.lazy for a in users)
 
 
-@pytest.mark.parametrize("name", ["artifact", "built"])
+@pytest.mark.parametrize("name", ["artifact", "built", "calibration"])
 def test_what_runs_without_a_model_takes_only_file_helpers_from_models(name):
     targets = {a.target for a in OWN if part(a.module) == name and part(a.target) == "models"}
     assert targets == {"fastdiff.models.files"}

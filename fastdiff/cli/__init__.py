@@ -1,4 +1,4 @@
-"""The command line: ``fastdiff generate | serve | export | build | bench | train | inspect``.
+"""The command line: ``fastdiff generate | serve | calibrate | export | build | bench | train | inspect``.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage. Every deliberate error is one line on stderr.
 """
@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from fastdiff.backends import BACKENDS
-from fastdiff.cli import build, export, generate, serve
+from fastdiff.cli import build, calibrate, export, generate, serve
 from fastdiff.cli.common import show
 from fastdiff.errors import BackendError, FastdiffError, PlanError
 from fastdiff.models.config import UNetConfig
@@ -67,6 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     generate.add_options(add("generate", generate.generate, "Generate images and write them as PNG files.", model))
     serve.add_options(add("serve", serve.serve, "Serve a model over HTTP, with the images API clients know.", model))
+    calibrate.add_options(
+        add("calibrate", calibrate.run, "Fit samplers of a few steps to a model, beside the classical ones.", model)
+    )
     export.add_options(add("export", export.export, "Export the network, or a whole sampler, to ONNX.", model))
     build.add_options(add("build", build.build, "Make a folder that runs in production, or a model repository.", model))
     _bench_options(add("bench", bench, "Measure latency and quality beside the peers, in one run.", model))

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from fastdiff.backends import BACKENDS
 from fastdiff.built import BuiltPipeline, is_built
+from fastdiff.calibration.file import AUTO, CALIBRATED
 from fastdiff.cli.common import show
 from fastdiff.errors import ArtifactError, PlanError
 from fastdiff.pipeline import Pipeline
@@ -24,7 +25,7 @@ from fastdiff.text_to_image import TextToImage
 TEXT_STEPS = 50  # diffusers' default
 TEXT_ONLY = ("prompt", "negative_prompt", "height", "width", "image", "mask_image", "strength", "lora")
 MODEL_ONLY = ("steps", "sampler", "guidance_scale", "guidance_rescale", "guidance_interval", "clip", "grid", "eta",
-              "gamma", "artifact")  # fmt: skip
+              "gamma", "artifact", "tolerance")  # fmt: skip
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -50,12 +51,16 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add(
         "--num-inference-steps",
         "--steps",
-        type=int,
+        type=steps,
         dest="steps",
         metavar="N",
-        help="steps (default: 4 or 20)",
+        help="steps (default: 4 or 20); auto: the fewest of a calibrated sampler that keep to --tolerance",
     )
-    add("--sampler", help=f"one of {', '.join(SOLVERS)}; options follow a colon: unipc:order=3,corrector=false")
+    add("--tolerance", type=float, metavar="ERROR", help="relative error to allow --steps auto")
+    add(
+        "--sampler",
+        help=f"one of {', '.join(SOLVERS)}, or calibrated; options follow a colon: unipc:order=3,corrector=false",
+    )
     add("--guidance-scale", type=float, help="strength of guidance; 1 means none (default: the model's own)")
     add("--guidance", default="cfg", help=f"how to guide: one of {', '.join(GUIDANCES)} (default: cfg)")
     add("--guidance-rescale", type=float, default=0.0, help="keep the contrast of the unguided output, 0 to 1")
@@ -81,6 +86,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("out"), help="folder for the PNG files (default: out)")
 
 
+def steps(text: str) -> int | str:
+    """Read a number of steps, or ``auto``."""
+    return text if text == AUTO else int(text)
+
+
 def generate(options: argparse.Namespace) -> int:
     """``fastdiff generate``."""
     if is_built(Path(options.model)):
@@ -98,7 +108,11 @@ def generate(options: argparse.Namespace) -> int:
         images = _text_to_image(pipe, options, latents)
         seconds = time.perf_counter() - start
         sampler = options.sampler or pipe.parts.sampler.options.name
-        facts = {"sampler": sampler, "steps": str(options.steps or TEXT_STEPS), "software": "fastdiff"}
+        facts = {
+            "sampler": sampler,
+            "steps": str(options.steps or _usual_steps(pipe, options.sampler)),
+            "software": "fastdiff",
+        }
         return _written(options, images, facts, seconds)
     wrong = next((name for name in TEXT_ONLY if getattr(options, name)), None)
     if wrong:
@@ -110,14 +124,20 @@ def generate(options: argparse.Namespace) -> int:
     with tqdm(desc="sampling", unit="step", disable=options.json or not sys.stderr.isatty()) as bar:
         images = pipe(
             labels, num_images_per_prompt=options.num_images_per_prompt, num_inference_steps=options.steps,
-            sampler=options.sampler, guidance_scale=options.guidance_scale, guidance=options.guidance,
-            guidance_rescale=options.guidance_rescale, guidance_interval=options.guidance_interval, clip=options.clip,
-            grid=options.grid, eta=options.eta, gamma=options.gamma, seed=options.seed, latents=latents,
+            tolerance=options.tolerance, sampler=options.sampler, guidance_scale=options.guidance_scale,
+            guidance=options.guidance, guidance_rescale=options.guidance_rescale,
+            guidance_interval=options.guidance_interval, clip=options.clip, grid=options.grid,
+            eta=options.eta, gamma=options.gamma, seed=options.seed, latents=latents,
             callback_on_step_end=lambda *_: bar.update(),
         ).images  # fmt: skip
     seconds = time.perf_counter() - start
-    sampler, steps = pipe.choose(options.sampler, options.steps)
-    facts = {"sampler": str(sampler), "steps": str(steps), "model": pipe.model_hash(), "software": "fastdiff"}
+    sampler, count = pipe.choose(options.sampler, options.steps, options.tolerance)
+    facts = {
+        "sampler": options.sampler or str(sampler),
+        "steps": str(count),
+        "model": pipe.model_hash(),
+        "software": "fastdiff",
+    }
     return _written(options, images, facts, seconds)
 
 
@@ -139,6 +159,10 @@ def _from_built(options: argparse.Namespace) -> int:
     return _written(options, images, facts, seconds)
 
 
+def _usual_steps(pipe: TextToImage, sampler: str | None) -> int:
+    return pipe.load_calibration().calibration.steps(None) if sampler == CALIBRATED else TEXT_STEPS
+
+
 def _text_to_image(pipe: TextToImage, options: argparse.Namespace, latents: torch.Tensor | None) -> list[Image.Image]:
     if options.class_labels is not None:
         raise PlanError(f"--class-labels is for class-conditional models; {options.model} takes --prompt")
@@ -152,7 +176,8 @@ def _text_to_image(pipe: TextToImage, options: argparse.Namespace, latents: torc
     with tqdm(desc="sampling", unit="step", disable=options.json or not sys.stderr.isatty()) as bar:
         images: list[Image.Image] = pipe(
             options.prompt, negative_prompt=options.negative_prompt, height=options.height, width=options.width,
-            strength=options.strength, num_inference_steps=options.steps or TEXT_STEPS, sampler=options.sampler,
+            strength=options.strength, num_inference_steps=options.steps or _usual_steps(pipe, options.sampler),
+            tolerance=options.tolerance, sampler=options.sampler,
             guidance_scale=options.guidance_scale, guidance_rescale=options.guidance_rescale, eta=options.eta,
             num_images_per_prompt=options.num_images_per_prompt, seed=options.seed, latents=latents, **pictures,
             callback_on_step_end=lambda *_: bar.update(),

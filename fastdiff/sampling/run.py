@@ -49,9 +49,24 @@ class Step(NamedTuple):
     state: State  # after it
 
 
+class Plan(NamedTuple):
+    """How to walk: what ``fastdiff.sampling.table.build`` takes, and what the run starts from.
+
+    ``initial_scale`` is the standard deviation of the starting noise. States are those of ``path``: where diffusers
+    walks in ``x / alpha`` (its ``scale_model_input``), ours are ``alpha`` times theirs.
+    """
+
+    path: Path
+    prediction: Prediction
+    solver: Solver
+    times: Times
+    initial_scale: float = 1.0
+    clip: Clip | None = None
+
+
 @runtime_checkable
 class Planner(Protocol):
-    """A sampler that brings all parts of a run, as ``fastdiff.from_diffusers_scheduler`` makes it."""
+    """A sampler that brings all parts of a run: a diffusers scheduler, or a calibration."""
 
     def plan(
         self,
@@ -60,8 +75,8 @@ class Planner(Protocol):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         eta: float | None = None,
-    ) -> tuple[Path, Prediction, Solver, Times, float, Clip | None]:
-        """Return path, prediction, solver, times, deviation of the starting noise, and clip."""
+    ) -> Plan:
+        """Plan one run."""
 
 
 def sample(
@@ -199,6 +214,11 @@ def ready(
     bound.apply_defaults()
     given = bound.arguments
     del given["walk"], given["ops"]
+    if isinstance(given["num_inference_steps"], str):
+        raise PlanError(
+            f"num_inference_steps is {given['num_inference_steps']!r}; a run that its caller walks takes a number, or "
+            "'auto' with sampler 'calibrated'"
+        )
     if given.pop("callback") is not None:
         raise PlanError("a run that its caller walks takes no callback: the caller gets every state")
     return _ready(**given, history=history)

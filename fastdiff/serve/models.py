@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from fastdiff.calibration.file import CALIBRATED
+from fastdiff.calibration.file import NAME as CALIBRATION
 from fastdiff.errors import BackendError
 from fastdiff.pipeline import Pipeline
 from fastdiff.sampling import SOLVERS
@@ -43,7 +45,9 @@ class ClassConditional:
 
     def __init__(self, pipeline: Pipeline, name: str):
         self.pipeline, self.name = pipeline, name
-        self.samplers = tuple(sampler for sampler in SOLVERS if sampler not in NOT_FROM_NOISE)
+        folder = pipeline.model.folder
+        calibrated = (CALIBRATED,) if folder is not None and (folder / CALIBRATION).is_file() else ()
+        self.samplers = (*(sampler for sampler in SOLVERS if sampler not in NOT_FROM_NOISE), *calibrated)
         side = pipeline.model.network.config.sample_size
         if side is None:
             raise BackendError("config.json of this model has no sample_size, so it says not how large its images are")

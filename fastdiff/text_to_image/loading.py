@@ -99,6 +99,7 @@ def load_folder(
         tuple(load_controlnet(net, dtype, ops, variant=variant, allow_pickle=allow_pickle) for net in nets),
         unet.config.addition_embed_type is not None,
         bool(index.get("force_zeros_for_empty_prompt", False)),
+        root,
     )
     return _assembled(parts, place, dtype, backend, exported)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path as File
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from fastdiff.arguments import arguments_of_a_run
 from fastdiff.backends.control import Control, ControlledNetwork
 from fastdiff.backends.eager import ops_for
 from fastdiff.backends.in_memory import network_of, walk_of
+from fastdiff.calibration.file import AUTO, CALIBRATED, Calibrated, load_for
 from fastdiff.errors import PlanError, ShapeError
 from fastdiff.images import OUTPUTS, Output, Picture, grown, to_images, to_tensor
 from fastdiff.integrations.schedulers import Sampler
@@ -28,10 +30,14 @@ from fastdiff.models.lora import LoraSet, read_lora
 from fastdiff.models.text import Encoded, TextEncoder, encode, strength_embedding
 from fastdiff.models.tiny_autoencoder import AutoencoderTiny
 from fastdiff.models.unet import UNet
+from fastdiff.models.weights import weights_hash
 from fastdiff.sampling.denoiser import Cond
+from fastdiff.sampling.embedded import choose_steps
 from fastdiff.sampling.loop import State
 from fastdiff.sampling.parts import Generators
-from fastdiff.sampling.run import Ready, ready, sample
+from fastdiff.sampling.path import Path
+from fastdiff.sampling.prediction import Prediction
+from fastdiff.sampling.run import Planner, Ready, ready, sample
 from fastdiff.sampling.solvers import Solver
 from fastdiff.text_to_image.start import Draws, start
 
@@ -50,6 +56,7 @@ class Parts:
     controlnets: tuple[ControlNet, ...] = ()
     xl: bool = False
     zero_empty_prompt: bool = False  # SDXL: no negative prompt is zeros, not the encoded empty text
+    folder: File | None = None  # where they came from
 
 
 class Guiding(NamedTuple):
@@ -76,6 +83,49 @@ class TextToImage:
         for i, encoder in enumerate(parts.text_encoders):
             named["text_encoder" if i == 0 else f"text_encoder_{i + 1}"] = encoder.model
         self._loras = LoraSet(named)
+        self._calibrated: Calibrated | None = None
+
+    @property
+    def guidance_scale(self) -> float:
+        """The strength of guidance unless a call names another: diffusers' defaults."""
+        return 5.0 if self.parts.xl else 7.5
+
+    # --- calibration ------------------------------------------------------------------------------------------------
+
+    def trained(self) -> tuple[Path, Prediction]:
+        """What the network was trained on, and what it predicts."""
+        return self.parts.sampler.trained()
+
+    def model_hash(self) -> str:
+        """The SHA-256 of the UNet's weights as they are, adapters included, see ``weights_hash``."""
+        return weights_hash(self.parts.unet)
+
+    def load_calibration(self, file: str | os.PathLike[str] | None = None, force: bool = False) -> Calibrated:
+        """Load what ``sampler="calibrated"`` means; see docs/CALIBRATION.md. Before adapters, or with ``force``.
+
+        Args:
+            file: what ``fastdiff calibrate`` wrote; by default ``calibration.json`` in the model's folder.
+            force: take it even if it was made for other weights.
+
+        Raises:
+            ArtifactError: if it is missing, damaged, or made for another network.
+        """
+        self._calibrated = load_for(self.trained(), self.model_hash(), self.parts.folder, file, force)
+        return self._calibrated
+
+    def _source(
+        self, sampler: Planner | str | Solver | None, steps: int | str, tolerance: float | None, strength: float
+    ) -> tuple[Planner | str | Solver, int | str]:
+        """The sampler of a call, and its number of steps."""
+        chosen = sampler or self.parts.sampler
+        if chosen == CALIBRATED:
+            chosen = self._calibrated or self.load_calibration()
+        if isinstance(chosen, Calibrated):
+            chosen.calibration.check_strength(strength)
+            return chosen, chosen.calibration.steps(steps, tolerance)
+        if tolerance is not None and steps != AUTO:
+            raise PlanError(f"tolerance is {tolerance:g}, num_inference_steps {steps!r}; it goes with 'auto'")
+        return chosen, steps
 
     # --- LoRA -------------------------------------------------------------------------------------------------------
 
@@ -168,7 +218,8 @@ class TextToImage:
         height: int | None = None,
         width: int | None = None,
         strength: float | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | str = 50,
+        tolerance: float | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
@@ -195,7 +246,7 @@ class TextToImage:
         controlnet_conditioning_scale: float | Sequence[float] = 1.0,
         control_guidance_start: float | Sequence[float] = 0.0,
         control_guidance_end: float | Sequence[float] = 1.0,
-        sampler: Sampler | str | Solver | None = None,
+        sampler: Planner | str | Solver | None = None,
         callback_on_step_end: Callable[[TextToImage, int, float, dict[str, Tensor]], Any] | None = None,
     ) -> Output:
         """Generate pictures.
@@ -209,7 +260,9 @@ class TextToImage:
             height: of the result, a multiple of 8; the model's own, or that of ``image``, unless given.
             width: likewise.
             strength: how much of ``image`` is made anew: 0.8 unless given, SDXL 0.3; with a mask 1, SDXL 0.9999.
-            num_inference_steps: as the scheduler counts them.
+            num_inference_steps: as the scheduler counts them. ``"auto"``: the fewest that keep the error within
+                ``tolerance``, known beforehand of a calibrated sampler, estimated by a walk of 8 steps for ``unipc``.
+            tolerance: error to allow ``"auto"``, relative to the latents' own size.
             timesteps: in the scheduler's own units, where it takes them.
             sigmas: likewise.
             guidance_scale: 7.5 unless given, SDXL 5; 1 means none. An LCM takes it as an input.
@@ -236,8 +289,8 @@ class TextToImage:
             controlnet_conditioning_scale: strength of the ControlNet, or one for each.
             control_guidance_start: share of the steps before which it does nothing.
             control_guidance_end: share of the steps after which it does nothing.
-            sampler: what to walk with, in place of the model's scheduler: a name of ``SOLVERS``, a solver, or of
-                ``from_diffusers_scheduler``.
+            sampler: what to walk with, in place of the model's scheduler: a name of ``SOLVERS``, a solver, what
+                ``from_diffusers_scheduler`` returns, or ``"calibrated"``.
             callback_on_step_end: called as ``fn(pipe, i, timestep, {"latents": x})`` after every network evaluation.
 
         Raises:
@@ -253,6 +306,8 @@ class TextToImage:
             callback(self, i, timestep, {"latents": state.x})
 
         options = self._options(SimpleNamespace(**given))
+        if options["num_inference_steps"] == AUTO:
+            options["num_inference_steps"] = choose_steps(tolerance=tolerance, **options)
         x = sample(
             **options,
             callback=None if callback is None else report,
@@ -287,7 +342,8 @@ class TextToImage:
         if asked.seed is not None and asked.generator is not None:
             raise PlanError("give seed or generator, not both")
         parts, config = self.parts, self.parts.unet.config
-        scale = asked.guidance_scale if asked.guidance_scale is not None else 5.0 if parts.xl else 7.5
+        scale = self.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
+        source, count = self._source(asked.sampler, asked.num_inference_steps, asked.tolerance, scale)
         text = self._texts(
             asked.prompt, asked.prompt_2, asked.prompt_embeds, asked.pooled_prompt_embeds, asked.clip_skip, "prompt"
         )
@@ -316,7 +372,6 @@ class TextToImage:
             span = (asked.control_guidance_start, asked.control_guidance_end)
             network = self._controlled(asked.control_image, size, batch, asked.controlnet_conditioning_scale, *span)
         draws = Draws(asked.seed, asked.generator, batch, self.device)
-        source = asked.sampler or parts.sampler
         if asked.image is None and asked.strength is not None:
             raise PlanError(f"strength is {asked.strength!r} without a picture to start from: give image")
         strength = self._strength(asked.strength, asked.image, asked.mask_image)
@@ -329,18 +384,18 @@ class TextToImage:
                 part and part._replace(extra={**(part.extra or {}), "concat": given.concat}) for part in (cond, uncond)
             )
         noise = given.noise
-        if noise is not None and given.image is None and isinstance(source, Sampler):
+        if noise is not None and given.image is None and isinstance(source, Planner):
             own = {"timesteps": asked.timesteps, "sigmas": asked.sigmas}
-            steps = None if asked.timesteps or asked.sigmas else asked.num_inference_steps
+            steps = None if asked.timesteps or asked.sigmas else count
             noise = noise * source.plan(steps, **own, eta=asked.eta).initial_scale
 
         walk: dict[str, Any] = {"sampler": source}
-        if not isinstance(source, Sampler):
+        if not isinstance(source, Planner):
             walk["path"], walk["prediction"] = parts.sampler.trained()
         return dict(
             network=network,
             shape=(batch, parts.vae.latent_channels, *self._latent(size)),
-            num_inference_steps=asked.num_inference_steps,
+            num_inference_steps=count,
             **walk,
             cond=cond,
             uncond=uncond,
@@ -359,9 +414,9 @@ class TextToImage:
             device=self.device,
         )
 
-    def examples(self) -> list[str]:
+    def examples(self, most: int = 2) -> list[str]:
         """Prompts to examine the network with."""
-        return ["", "a picture"]
+        return ["", "a picture"][:most]
 
     def decode(self, latents: Tensor) -> Tensor:
         """``[B, C, h, w]`` as the loop leaves them -> images ``[B, 3, H, W]``, about [-1, 1]."""

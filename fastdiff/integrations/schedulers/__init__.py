@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastdiff.integrations.schedulers.parts import Plan
 from fastdiff.integrations.schedulers.sampler import Sampler, from_diffusers_scheduler
+from fastdiff.sampling.run import Plan
 
 __all__ = ["Plan", "Sampler", "from_diffusers_scheduler"]

@@ -11,9 +11,10 @@ import torch
 from fastdiff.errors import PlanError
 from fastdiff.integrations.schedulers import tables
 from fastdiff.integrations.schedulers.options import Options
-from fastdiff.integrations.schedulers.parts import Plan, Request, Told, Written, circle, prediction
+from fastdiff.integrations.schedulers.parts import Request, Told, Written, circle, prediction
 from fastdiff.integrations.schedulers.trained import Table
 from fastdiff.sampling.prediction import V
+from fastdiff.sampling.run import Plan
 from fastdiff.sampling.solvers import Row
 from fastdiff.sampling.solvers.adams import ADAMS
 

@@ -11,9 +11,10 @@ import torch
 from fastdiff.errors import PlanError
 from fastdiff.integrations.schedulers import tables
 from fastdiff.integrations.schedulers.options import Options
-from fastdiff.integrations.schedulers.parts import Plan, Request, Written, clip, prediction
+from fastdiff.integrations.schedulers.parts import Request, Written, clip, prediction
 from fastdiff.integrations.schedulers.trained import CLEAN, Table, whole
 from fastdiff.sampling.prediction import EDMPreconditioned
+from fastdiff.sampling.run import Plan
 from fastdiff.sampling.solvers import Row
 from fastdiff.sampling.solvers.base import ddim_weights
 

@@ -11,9 +11,10 @@ from fastdiff.errors import PlanError
 from fastdiff.integrations.schedulers import tables
 from fastdiff.integrations.schedulers.multistep import shifted, stretched
 from fastdiff.integrations.schedulers.options import Options
-from fastdiff.integrations.schedulers.parts import Linear, Plan, Request, Written, falling, straight
+from fastdiff.integrations.schedulers.parts import Linear, Request, Written, falling, straight
 from fastdiff.sampling.path import Path
 from fastdiff.sampling.prediction import MeanVelocity, Velocity
+from fastdiff.sampling.run import Plan
 from fastdiff.sampling.solvers import Row, Solver
 from fastdiff.sampling.solvers.base import ddim_weights
 from fastdiff.sampling.solvers.ddim import DDIM

@@ -14,18 +14,9 @@ import torch
 from fastdiff.errors import PlanError
 from fastdiff.integrations.schedulers import tables
 from fastdiff.integrations.schedulers.options import Options
-from fastdiff.integrations.schedulers.parts import (
-    Plan,
-    Request,
-    Written,
-    angle,
-    circle,
-    clip,
-    falling,
-    prediction,
-    unrounded,
-)
+from fastdiff.integrations.schedulers.parts import Request, Written, angle, circle, clip, falling, prediction, unrounded
 from fastdiff.sampling.prediction import Prediction
+from fastdiff.sampling.run import Plan
 from fastdiff.sampling.solvers import Solver
 from fastdiff.sampling.solvers.adams import lms as lms_solver
 from fastdiff.sampling.solvers.ddim import DDIM

@@ -12,7 +12,6 @@ from fastdiff.errors import PlanError
 from fastdiff.integrations.schedulers import tables
 from fastdiff.integrations.schedulers.options import Options
 from fastdiff.integrations.schedulers.parts import (
-    Plan,
     Request,
     angle,
     circle,
@@ -23,6 +22,7 @@ from fastdiff.integrations.schedulers.parts import (
     unrounded,
 )
 from fastdiff.sampling.prediction import PREDICTIONS, Prediction
+from fastdiff.sampling.run import Plan
 from fastdiff.sampling.solvers import Solver
 from fastdiff.sampling.solvers.exponential import Form
 from fastdiff.sampling.solvers.multistep import FEW_STEPS, Multistep

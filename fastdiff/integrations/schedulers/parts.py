@@ -13,7 +13,7 @@ from fastdiff.sampling.clipping import Clip, DynamicThreshold
 from fastdiff.sampling.path import EDM, Path, RectifiedFlow, TrigFlow
 from fastdiff.sampling.prediction import X0, Coefficients, Eps, Prediction, V
 from fastdiff.sampling.prediction.base import Target
-from fastdiff.sampling.solvers import Row, Solver
+from fastdiff.sampling.solvers import Row
 
 
 class Request(NamedTuple):
@@ -34,21 +34,6 @@ class Request(NamedTuple):
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise PlanError(f"num_inference_steps is {self.steps!r}; allowed: a whole number, 1 or more")
         return self.steps
-
-
-class Plan(NamedTuple):
-    """One run: what ``fastdiff.sampling.table.build`` takes, and what the run starts from.
-
-    ``initial_scale`` is the standard deviation of the starting noise. States are those of ``path``: where diffusers
-    walks in ``x / alpha`` (its ``scale_model_input``), ours are ``alpha`` times theirs.
-    """
-
-    path: Path
-    prediction: Prediction
-    solver: Solver
-    times: tuple[float, ...]
-    initial_scale: float = 1.0
-    clip: Clip | None = None
 
 
 @dataclass(frozen=True)

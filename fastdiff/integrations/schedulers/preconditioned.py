@@ -11,20 +11,11 @@ from torch import Tensor
 from fastdiff.errors import PlanError
 from fastdiff.integrations.schedulers.multistep import ALGORITHMS, dpm_solver
 from fastdiff.integrations.schedulers.options import Options
-from fastdiff.integrations.schedulers.parts import (
-    Linear,
-    Plan,
-    Request,
-    Told,
-    Written,
-    clip,
-    exploding,
-    falling,
-    unrounded,
-)
+from fastdiff.integrations.schedulers.parts import Linear, Request, Told, Written, clip, exploding, falling, unrounded
 from fastdiff.sampling.clipping import Clip
 from fastdiff.sampling.path import TrigFlow
 from fastdiff.sampling.prediction import EDMPreconditioned, Prediction, TrigPreconditioned
+from fastdiff.sampling.run import Plan
 from fastdiff.sampling.solvers import Row, Solver
 from fastdiff.sampling.solvers.ddim import DDIM
 from fastdiff.sampling.solvers.renoise import Renoise

@@ -21,9 +21,10 @@ from fastdiff.integrations.schedulers import (
     trained,
 )
 from fastdiff.integrations.schedulers.options import Options, read
-from fastdiff.integrations.schedulers.parts import Plan, Request
+from fastdiff.integrations.schedulers.parts import Request
 from fastdiff.sampling.path import DiscreteVP
 from fastdiff.sampling.prediction import X0, Eps, Prediction, V
+from fastdiff.sampling.run import Plan
 
 
 class Family(NamedTuple):

@@ -18,8 +18,9 @@ from fastdiff.integrations.schedulers.multistep import (
     place,
 )
 from fastdiff.integrations.schedulers.options import Options
-from fastdiff.integrations.schedulers.parts import Plan, Request, Written, angle, circle, clip, falling
+from fastdiff.integrations.schedulers.parts import Request, Written, angle, circle, clip, falling
 from fastdiff.sampling.path import Path
+from fastdiff.sampling.run import Plan
 from fastdiff.sampling.solvers import Row
 from fastdiff.sampling.solvers.exponential import Form, spell, step
 

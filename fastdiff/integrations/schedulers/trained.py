@@ -13,9 +13,10 @@ from torch import Tensor
 from fastdiff.errors import PlanError
 from fastdiff.integrations.schedulers import tables
 from fastdiff.integrations.schedulers.options import Options
-from fastdiff.integrations.schedulers.parts import Plan, Request, Told, Written, circle, clip, prediction
+from fastdiff.integrations.schedulers.parts import Request, Told, Written, circle, clip, prediction
 from fastdiff.sampling.clipping import Clip
 from fastdiff.sampling.prediction import Eps, Prediction
+from fastdiff.sampling.run import Plan
 from fastdiff.sampling.solvers import Row
 from fastdiff.sampling.solvers.ddim import DDIM
 from fastdiff.sampling.solvers.ddpm import DDPM

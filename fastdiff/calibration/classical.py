@@ -1,0 +1,116 @@
+"""Where a calibration begins: the best of the known samplers, and where dynamic programming puts the steps.
+
+Nothing here needs gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fastdiff.calibration.teacher import Passed
+from fastdiff.calibration.walking import Begin, Family, Walk, relative
+from fastdiff.errors import PlanError
+from fastdiff.sampling.grid import GRIDS, Grid
+from fastdiff.sampling.parts import make_solver
+from fastdiff.sampling.prediction import first_order
+from fastdiff.sampling.solvers import Solver
+from fastdiff.sampling.solvers.non_stationary import NonStationary, non_stationary
+
+SOLVERS = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "unipc:order=3", "sa_solver:tau=0", "deis", "lms", "ipndm",
+           "gradient_estimation", "dpm_2m", "res_multistep", "dpmpp_2s", "heun", "rk2")  # fmt: skip
+SCOUTS = ("dpmpp_2m", "unipc", "gradient_estimation")  # they choose the grids for all others
+GRIDS_KEPT = 4
+
+
+class Candidate(NamedTuple):
+    """A known sampler as weights."""
+
+    name: str  # "solver on grid"
+    solver: Solver
+    walk: NonStationary
+
+
+def grids(family: Family) -> dict[str, Grid]:
+    """All grids that need no more than a path and a number; shifts of several strengths, with two ends."""
+    found = dict(GRIDS)
+    for shift in (0.5, 0.7, 1.0, 1.5, 2.0, 3.0):
+        for last in (None, 0.03):
+            name = f"shift {shift:g} below 0.999" + ("" if last is None else f" from {last}")
+            found[name] = functools.partial(GRIDS["shifted"], shift=shift, t_first=0.999, t_last=last)
+    return found
+
+
+def candidates(family: Family, calls: int, planned: Sequence[float]) -> Iterator[Candidate]:
+    """Every known sampler of at most so many calls; ``planned`` are times from ``cheapest``."""
+    seen = set()
+    choices: dict[str, Grid] = grids(family) | {"planned": lambda path, n: tuple(planned) if n == calls else ()}
+    for grid_name, grid in choices.items():
+        for name in SOLVERS:
+            solver = make_solver(name, {})
+            for steps in range(calls, 0, -1):
+                try:
+                    times = grid(family.path, steps)
+                    rows = solver.rows(family.path, times) if times else ()
+                    if not 0 < len(rows) <= calls:
+                        continue
+                    walk = non_stationary(rows, times)
+                except PlanError:
+                    continue  # not for this path, or not for so many steps
+                key = (walk.times, tuple(tuple(sorted(row.items())) for row in walk.weights))
+                if key not in seen:
+                    seen.add(key)
+                    yield Candidate(f"{name} on {grid_name}", solver, walk)
+                break
+
+
+def cheapest(passed: Passed, family: Family, calls: int) -> tuple[float, ...]:
+    """Times of so many first-order steps between places of the teacher's way that are wrong by least in all.
+
+    Source: Chen et al. 2024, arXiv:2405.11326, sec. 3 (dynamic programming over the cost of every step).
+    """
+    last = len(passed.times) - 1
+    points = [*passed.states, passed.end]
+    cost = np.full((last + 1, last + 1), np.inf)
+    for i in range(last):
+        for j in range(i + 1, last + 1):
+            r, m = first_order(family.path, passed.times[i], passed.times[j])
+            gap = r * passed.states[i] + m * passed.estimates[i] - points[j]
+            cost[i, j] = float(gap.square().mean().sqrt())
+    total = np.full((calls + 1, last + 1), np.inf)
+    total[0, 0] = 0.0
+    came = np.zeros((calls + 1, last + 1), dtype=int)
+    for n in range(1, calls + 1):
+        ways = total[n - 1][:, None] + cost
+        came[n], total[n] = ways.argmin(0), ways.min(0)
+    where = [last]
+    for n in range(calls, 0, -1):
+        where.append(int(came[n, where[-1]]))
+    return tuple(passed.times[i] for i in reversed(where))
+
+
+def ranked(
+    family: Family, calls: int, passed: Sequence[Passed], begins: Sequence[Begin]
+) -> list[tuple[float, Candidate]]:
+    """The known samplers in the order of their errors, best first: a few on every grid, all on the grids that serve
+    these best.
+    """
+    found = list(candidates(family, calls, cheapest(passed[0], family, calls)))
+    scouts = [one for one in found if one.name.split(" on ")[0] in SCOUTS]
+    scored = {one.name: (errors(family, one.walk, begins[:1], passed[:1]), one) for one in scouts}
+    best: dict[str, float] = {}
+    for name, (error, _) in scored.items():
+        grid = name.split(" on ")[1]
+        best[grid] = min(error, best.get(grid, error))
+    kept = sorted(best, key=lambda grid: best[grid])[:GRIDS_KEPT]
+    chosen = [one for one in found if one.name.split(" on ")[1] in kept]
+    return sorted(((errors(family, one.walk, begins, passed), one) for one in chosen), key=lambda pair: pair[0])
+
+
+def errors(family: Family, walk: NonStationary, begins: Sequence[Begin], passed: Sequence[Passed]) -> float:
+    """The error of a walk over batches."""
+    ends = [Walk(begin, family, walk, walk.times).end() for begin in begins]
+    return relative(ends, [way.end for way in passed])
