@@ -86,10 +86,10 @@ class TextEncoder:
         length = self.tokenizer.model_max_length
         kwargs = {"max_length": length, "truncation": True, "return_tensors": "pt"}
         ids = self.tokenizer(list(prompts), padding="max_length", **kwargs).input_ids
-        whole = self.tokenizer(list(prompts)).input_ids
-        for prompt, needed in zip(prompts, whole, strict=True):
-            if len(needed) > length:
-                _log.warning("prompt cut to %d tokens: %.60s...", length, prompt)
+        whole = self.tokenizer(list(prompts), verbose=False).input_ids
+        for needed in map(len, whole):
+            if needed > length:  # prompts are private: the log is told nothing of what they say
+                _log.warning("a prompt of %d tokens was cut to %d", needed, length)
         layers = self.model.config.num_hidden_layers
         if skip is not None and not 0 <= skip < layers:
             raise PlanError(f"clip_skip is {skip!r}; allowed: 0 to {layers - 1}")
