@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
         "text_to_image",
     },
     "engine": {"errors", "kernels", "sampling", "backends", "pipeline", "text_to_image"},
-    "serve": {"errors", "sampling", "images", "pipeline", "engine"},
+    "serve": {"errors", "sampling", "images", "models", "pipeline", "text_to_image", "engine"},
     "": {"errors", "engine", "sampling", "pipeline", "training", "integrations"},  # the package's own public names
 }
 ALLOWED["benchmarks"] = set(ALLOWED) | {"cli"}

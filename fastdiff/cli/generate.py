@@ -19,9 +19,8 @@ from fastdiff.cli.common import show
 from fastdiff.errors import ArtifactError, PlanError
 from fastdiff.pipeline import Pipeline
 from fastdiff.sampling import GRIDS, GUIDANCES, SOLVERS
-from fastdiff.text_to_image import TextToImage
+from fastdiff.text_to_image import DEFAULT_STEPS, TextToImage
 
-TEXT_STEPS = 50  # diffusers' default
 TEXT_ONLY = ("prompt", "negative_prompt", "height", "width", "image", "mask_image", "strength", "lora")
 MODEL_ONLY = ("steps", "sampler", "guidance_scale", "guidance_rescale", "guidance_interval", "clip", "grid", "eta",
               "gamma", "artifact")  # fmt: skip
@@ -98,7 +97,7 @@ def generate(options: argparse.Namespace) -> int:
         images = _text_to_image(pipe, options, latents)
         seconds = time.perf_counter() - start
         sampler = options.sampler or pipe.parts.sampler.options.name
-        facts = {"sampler": sampler, "steps": str(options.steps or TEXT_STEPS), "software": "fastdiff"}
+        facts = {"sampler": sampler, "steps": str(options.steps or DEFAULT_STEPS), "software": "fastdiff"}
         return _written(options, images, facts, seconds)
     wrong = next((name for name in TEXT_ONLY if getattr(options, name)), None)
     if wrong:
@@ -152,7 +151,7 @@ def _text_to_image(pipe: TextToImage, options: argparse.Namespace, latents: torc
     with tqdm(desc="sampling", unit="step", disable=options.json or not sys.stderr.isatty()) as bar:
         images: list[Image.Image] = pipe(
             options.prompt, negative_prompt=options.negative_prompt, height=options.height, width=options.width,
-            strength=options.strength, num_inference_steps=options.steps or TEXT_STEPS, sampler=options.sampler,
+            strength=options.strength, num_inference_steps=options.steps or DEFAULT_STEPS, sampler=options.sampler,
             guidance_scale=options.guidance_scale, guidance_rescale=options.guidance_rescale, eta=options.eta,
             num_images_per_prompt=options.num_images_per_prompt, seed=options.seed, latents=latents, **pictures,
             callback_on_step_end=lambda *_: bar.update(),

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from PIL import Image
+from torch import Tensor
+
 from fastdiff.errors import BackendError
 from fastdiff.pipeline import Pipeline
 from fastdiff.sampling import SOLVERS
 from fastdiff.serve.errors import Refused
 from fastdiff.serve.schema import ImageRequest, Order
+from fastdiff.text_to_image import TextToImage
 
 NOT_FROM_NOISE = ("ddim_inversion",)
+SAMPLERS = tuple(sampler for sampler in SOLVERS if sampler not in NOT_FROM_NOISE)
 
 
 class Served(Protocol):
@@ -18,16 +23,30 @@ class Served(Protocol):
 
     name: str
     samplers: tuple[str, ...]
+    sizes: tuple[tuple[int, int], ...]  # heights and widths that the engine has to plan for; none: the model's own
+
+    @property
+    def pipeline(self) -> Pipeline | TextToImage:
+        """What the engine runs."""
 
     def order(self, request: ImageRequest) -> Order:
-        """What to ask the engine for.
+        """What to ask the engine for. Called in a worker thread, one request at a time: it may take a while.
 
         Raises:
             Refused: naming the first field that does not fit the model.
         """
 
     def facts(self) -> dict[str, Any]:
-        """What people want to know of the model: ``classes``, ``size``, ``num_inference_steps``, ``sampler``."""
+        """What people want to know of the model, see ``schema.ModelCard``."""
+
+    def picture(self, x: Tensor, preview: bool = False) -> Image.Image:
+        """What the loop ends with ``[1, C, H, W]``, or a preview, as a picture.
+
+        Called in a worker thread, one image at a time.
+
+        Raises:
+            NotFinite: if there is none in it.
+        """
 
 
 class ClassConditional:
@@ -42,8 +61,8 @@ class ClassConditional:
     """
 
     def __init__(self, pipeline: Pipeline, name: str):
-        self.pipeline, self.name = pipeline, name
-        self.samplers = tuple(sampler for sampler in SOLVERS if sampler not in NOT_FROM_NOISE)
+        self.pipeline, self.name, self.samplers = pipeline, name, SAMPLERS
+        self.sizes: tuple[tuple[int, int], ...] = ()
         side = pipeline.model.network.config.sample_size
         if side is None:
             raise BackendError("config.json of this model has no sample_size, so it says not how large its images are")
@@ -73,6 +92,12 @@ class ClassConditional:
         return {
             "classes": list(self.pipeline.model.info.classes),
             "size": self._size,
+            "sizes": [self._size],
             "num_inference_steps": steps,
             "sampler": str(sampler) if isinstance(sampler, str) else "the model's own",
         }
+
+    def picture(self, x: Tensor, preview: bool = False) -> Image.Image:
+        """See ``Served.picture``."""
+        pictures: list[Image.Image] = self.pipeline.finish(x, "pil")
+        return pictures[0]

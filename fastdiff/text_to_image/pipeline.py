@@ -37,6 +37,7 @@ from fastdiff.text_to_image.start import Draws, start
 
 Prompt = str | Sequence[str]
 MAX_PIXELS = 2**26
+DEFAULT_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class TextToImage:
         height: int | None = None,
         width: int | None = None,
         strength: float | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int = DEFAULT_STEPS,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
@@ -303,7 +304,7 @@ class TextToImage:
                 asked.clip_skip,
             )
         batch = len(text.tokens) * asked.num_images_per_prompt
-        size = self._size(asked.height, asked.width, asked.image)
+        size = self.size(asked.height, asked.width, asked.image)
         ids = self._ids(asked.original_size or size, asked.crops_coords_top_left, asked.target_size or size)
         negative_ids = ids
         if asked.negative_original_size is not None and asked.negative_target_size is not None:
@@ -392,8 +393,12 @@ class TextToImage:
             )
         return found
 
-    def _size(self, height: int | None, width: int | None, image: Any) -> tuple[int, int]:
-        """Height and width of the result."""
+    def size(self, height: int | None, width: int | None, image: Any = None) -> tuple[int, int]:
+        """Height and width of the result, where some may be left out; see a call.
+
+        Raises:
+            ShapeError: if the model cannot draw them.
+        """
         factor = self.parts.vae.shrink
         if image is not None and height is None and width is None:
             return tuple(to_tensor("image", image, None, factor).shape[2:])  # type: ignore[return-value]
