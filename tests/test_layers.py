@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "arguments": {"errors"},
     "images": {"errors"},
     "labels": {"errors"},
-    "built": {"errors", "sampling", "models", "artifact", "backends", "images", "labels"},  # of models: file helpers
+    # of models: the file helpers alone
+    "built": {"errors", "sampling", "models", "artifact", "backends", "images", "labels", "arguments"},
     "text_to_image": {"errors", "kernels", "sampling", "models", "backends", "integrations", "images", "arguments"},
     "pipeline": {
         "arguments",

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.arguments import arguments_of_a_run
+from fastdiff.arguments import Prompt, arguments_of_a_run, listed
 from fastdiff.backends.control import Control, ControlledNetwork
 from fastdiff.backends.eager import ops_for
 from fastdiff.backends.in_memory import network_of, walk_of
 from fastdiff.errors import PlanError, ShapeError
-from fastdiff.images import OUTPUTS, Output, Picture, grown, to_images, to_tensor
+from fastdiff.images import OUTPUTS, Output, Picture, fitting_size, grown, to_images, to_tensor
 from fastdiff.integrations.schedulers import Sampler
 from fastdiff.models.autoencoder import AutoencoderKL
 from fastdiff.models.controlnet import ControlNet
@@ -35,8 +35,6 @@ from fastdiff.sampling.run import Ready, ready, sample
 from fastdiff.sampling.solvers import Solver
 from fastdiff.text_to_image.start import Draws, start
 
-Prompt = str | Sequence[str]
-MAX_PIXELS = 2**26
 DEFAULT_STEPS = 50
 
 
@@ -403,13 +401,7 @@ class TextToImage:
         if image is not None and height is None and width is None:
             return tuple(to_tensor("image", image, None, factor).shape[2:])  # type: ignore[return-value]
         own = (self.parts.unet.config.sample_size or 64) * factor
-        found = (own if height is None else height, own if width is None else width)
-        for name, value in zip(("height", "width"), found, strict=True):
-            if isinstance(value, bool) or not isinstance(value, int) or value < factor or value % factor:
-                raise ShapeError(f"{name} is {value!r}; allowed: multiples of {factor}")
-        if found[0] * found[1] > MAX_PIXELS:
-            raise ShapeError(f"height and width are {found}; allowed: at most {MAX_PIXELS} pixels")
-        return found
+        return fitting_size((height, width), (own, own), factor)
 
     def _strength(self, strength: float | None, image: Any, mask_image: Any) -> float:
         """Diffusers' defaults."""
@@ -447,15 +439,3 @@ class TextToImage:
             seen = grown(to_tensor("control_image", picture, size, self.parts.vae.shrink), batch, "control_image")
             controls.append(Control(net, seen, float(strength), first, last))
         return ControlledNetwork(self.network, controls)
-
-
-def listed(prompt: Prompt) -> list[str]:
-    """One prompt or several, as a list.
-
-    Raises:
-        PlanError: if it is neither a text nor a list of texts.
-    """
-    found = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not found or not all(isinstance(text, str) for text in found):
-        raise PlanError(f"prompt is {prompt!r}; allowed: a text, or a list of texts")
-    return found
