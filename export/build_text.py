@@ -33,12 +33,13 @@ class TextModel(NamedTuple):
     """A text-to-image model, all of it float32.
 
     Args:
-        unet: loaded from a folder; ``info.guidance_scale`` is the model's own.
+        unet: loaded from a folder.
         decoder: the autoencoder.
         encoders: one text encoder, or SDXL's two.
         sampler: the scheduler that came with it.
         sampler_name: of its class.
         trained: path and prediction, for other samplers.
+        guidance_scale: of presets that name none.
         zero_empty_prompt: SDXL: no negative prompt is zeros, not the encoded empty text.
     """
 
@@ -48,6 +49,7 @@ class TextModel(NamedTuple):
     sampler: Planner
     sampler_name: str
     trained: Trained
+    guidance_scale: float
     zero_empty_prompt: bool
 
 
@@ -83,7 +85,8 @@ def build_text_folder(
             export_text_encoder(encoder, root / words.graph, penultimate=sized, options=Options(dtype))
             encoders.append(words)
         write_tables(root, tables)
-        text = Text(tuple(encoders), DECODER, model.decoder.grow, sized, model.zero_empty_prompt)
+        width = model.unet.network.config.time_cond_proj_dim
+        text = Text(tuple(encoders), DECODER, model.decoder.grow, sized, model.zero_empty_prompt, width)
         return describe(root, presets, _facts(model) | {"text": asdict(text)})
 
 
@@ -93,15 +96,14 @@ def _check(model: TextModel, wanted: Sequence[Wanted]) -> None:
         raise PlanError("a folder of a text-to-image model holds one evaluation, not a whole sampler: leave --fuse out")
     if config.in_channels != model.decoder.latent_channels:
         raise PlanError("this network paints into a picture; a folder is built of networks that read text alone")
-    if config.time_cond_proj_dim is not None:
-        raise PlanError("this network reads its guidance strength (LCM); a folder is built of networks that do not")
 
 
 def _preset(model: TextModel, wanted: Wanted) -> tuple[str, Preset, StepTable]:
     """Plan one way to draw."""
     steps = USUAL_STEPS if wanted.num_inference_steps is None else wanted.num_inference_steps
-    asked = model.unet.info.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale
-    strength = float(asked) if asked > 1 else 1.0  # less is none, as in a call
+    asked = float(model.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale)
+    reads = model.unet.network.config.time_cond_proj_dim is not None  # the strength, which then guides by itself
+    strength = asked if reads or asked > 1 else 1.0  # less is none, as in a call
     if wanted.sampler is None:
         sampler = model.sampler_name
         path, prediction, solver, times, scale, clip = model.sampler.plan(steps)
@@ -109,7 +111,7 @@ def _preset(model: TextModel, wanted: Wanted) -> tuple[str, Preset, StepTable]:
         sampler, (path, prediction), clip = wanted.sampler, model.trained, None
         solver, times = make_solver(sampler, {}), make_times(path, steps)
         scale = initial_scale(path, times[0])
-    table = build(path, prediction, solver, times, guidance=strength, clip=clip)
+    table = build(path, prediction, solver, times, guidance=1.0 if reads else strength, clip=clip)
     preset = Preset(STEPS, UNET, sampler, steps, strength, float(scale), to_json(table.structure), {})
     return preset_name(sampler, steps), preset, table
 

@@ -114,6 +114,26 @@ def test_latents_seeds_and_repeats_mean_what_they_mean_in_a_call(built, original
     assert picture.size == (16, 16)
 
 
+def test_a_latent_consistency_model_reads_its_strength(tmp_path):
+    sampler = tiny.scheduler("LCMScheduler", clip_sample=False, set_alpha_to_one=False)
+    tiny.stable_diffusion(tmp_path, sampler, time_cond_proj_dim=8).save_pretrained(tmp_path / "model")
+    build_text_folder(text_model(tmp_path / "model"), tmp_path / "out", [Wanted(4), Wanted(3, guidance_scale=1.0)])
+    pipe, drawn = load_built(tmp_path / "out"), []
+    for preset, options in (
+        (None, {"num_inference_steps": 4}),
+        ("LCMScheduler-3", {"num_inference_steps": 3, "guidance_scale": 1.0}),
+    ):
+        asked = {"prompt": PROMPTS, "seed": 5, "output_type": "pt"}
+        plain, truth = (
+            load_folder(tmp_path / "model", backend="eager", dtype=dtype)(**options, **asked).images
+            for dtype in (torch.float32, torch.float64)
+        )
+        drawn.append(pipe(preset=preset, **asked).images)
+        assert_no_worse_than(drawn[-1], plain, truth.double())
+    assert (drawn[0] - drawn[1]).abs().max() > 0.01
+    assert pipe.folder.presets[pipe.folder.default].guidance_scale == 7.5
+
+
 # Every name of the models' code is there, and none of it runs; transformers is not there at all.
 POISONED = """
 import sys, types, torch
@@ -209,6 +229,7 @@ def test_an_altered_file_is_refused(copy, name):
         lambda v: v["text"].update(grow=0),
         lambda v: v["text"].update(grow=True),
         lambda v: v["text"].update(sized=1),
+        lambda v: v["text"].update(strength_width=-1),
         lambda v: v["text"].update(decoder=["decoder.onnx"]),
         lambda v: v["text"].update(decoder="../decoder.onnx"),
         lambda v: v["text"].update(stranger=1),
@@ -344,14 +365,10 @@ def test_what_is_not_built_is_refused_in_one_line(sd, tmp_path, options, says, c
 
 
 def test_networks_that_read_more_than_text_are_refused(tmp_path):
-    for name, sizes, says in (
-        ("painting", {"in_channels": 9}, "paints into a picture"),
-        ("lcm", {"time_cond_proj_dim": 8}, "reads its guidance strength"),
-    ):
-        tiny.stable_diffusion(tmp_path / "a", **sizes).save_pretrained(tmp_path / name)
-        with pytest.raises(PlanError, match=says):
-            build_text_folder(text_model(tmp_path / name), tmp_path / "out", [Wanted(2)])
-    shutil.copytree(tmp_path / "lcm", tmp_path / "control" / "controlnet")
-    shutil.copy(tmp_path / "lcm" / "model_index.json", tmp_path / "control")
+    tiny.stable_diffusion(tmp_path / "a", in_channels=9).save_pretrained(tmp_path / "painting")
+    with pytest.raises(PlanError, match="paints into a picture"):
+        build_text_folder(text_model(tmp_path / "painting"), tmp_path / "out", [Wanted(2)])
+    shutil.copytree(tmp_path / "painting", tmp_path / "control" / "controlnet")
+    shutil.copy(tmp_path / "painting" / "model_index.json", tmp_path / "control")
     with pytest.raises(PlanError, match="has a ControlNet"):
         text_model(tmp_path / "control")

@@ -61,6 +61,7 @@ class Text:
         grow: pixels of an image for one of what is drawn, in height and width.
         sized: does the network read the image's size (SDXL)?
         zero_empty_prompt: is it guided away from zeros where there is no negative prompt?
+        strength_width: of the guidance strength as the network reads it (LCM); None: it does not.
     """
 
     encoders: tuple[Words, ...]
@@ -68,6 +69,7 @@ class Text:
     grow: int
     sized: bool
     zero_empty_prompt: bool
+    strength_width: int | None
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,9 @@ def _text(values: Any) -> Text | None:
         raise ValueError(f"text is {values!r}")
     if type(text.grow) is not int or not 1 <= text.grow <= 64:
         raise ValueError(f"text.grow is {text.grow!r}")
+    width = text.strength_width
+    if width is not None and not (type(width) is int and 4 <= width <= 1 << 16):
+        raise ValueError(f"text.strength_width is {width!r}")
     if not all(type(flag) is bool for flag in (text.sized, text.zero_empty_prompt)):
         raise ValueError(f"text is {values!r}")
     return text

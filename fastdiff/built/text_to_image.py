@@ -15,7 +15,7 @@ from fastdiff.built.walk import OUTPUTS, guided, read_numbers, read_table, start
 from fastdiff.errors import ArtifactError, BackendError, PlanError
 from fastdiff.images import Output, fitting_size, to_images
 from fastdiff.sampling.denoiser import Cond
-from fastdiff.sampling.table import StepTable
+from fastdiff.sampling.guidance import strength_embedding
 
 
 class BuiltTextToImage:
@@ -80,17 +80,18 @@ class BuiltTextToImage:
         shape = (batch, self.folder.shape[0], size[0] // grow, size[1] // grow)
         scaled = None if latents is None else made.scale * latents
         x, noise = starting(shape, table.structure.draws, made.scale, seed, scaled, self.device)
-        cond, uncond = self._conds(prompts, negative_prompt, table, size, num_images_per_prompt)
+        cond, uncond = self._conds(prompts, negative_prompt, name, size, num_images_per_prompt)
         found = walk(self.network, table, x, cond, uncond, noise)
         return Output(to_images(self._decode({"latents": found})["images"], 0, output_type))
 
     def _conds(
-        self, prompts: list[str], negative: Prompt | None, table: StepTable, size: tuple[int, int], repeat: int
+        self, prompts: list[str], negative: Prompt | None, preset: str, size: tuple[int, int], repeat: int
     ) -> tuple[Cond, Cond | None]:
         """What a network is told, and what it is guided away from."""
-        strong = read(self.readers, prompts)
-        if not guided(table):
-            return _cond(strong, self.text, size, repeat), None
+        strong, strength = read(self.readers, prompts), self.folder.presets[preset].guidance_scale
+        cond = _cond(strong, self.text, size, repeat, strength)
+        if not guided(self.tables[preset]):
+            return cond, None
         if negative is None and self.text.zero_empty_prompt:
             zeros = None if strong.pooled is None else torch.zeros_like(strong.pooled)
             weak = Read(torch.zeros_like(strong.tokens), zeros)
@@ -99,7 +100,7 @@ class BuiltTextToImage:
             if len(texts) not in (1, len(prompts)):
                 raise PlanError(f"{len(texts)} negative prompts for {len(prompts)} prompts; needed: one, or as many")
             weak = read(self.readers, texts * (len(prompts) // len(texts)))
-        return _cond(strong, self.text, size, repeat), _cond(weak, self.text, size, repeat)
+        return cond, _cond(weak, self.text, size, repeat, strength)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         grow = self.text.grow
@@ -107,7 +108,7 @@ class BuiltTextToImage:
         return fitting_size((height, width), own, grow)
 
 
-def _cond(words: Read, text: Text, size: tuple[int, int], repeat: int) -> Cond:
+def _cond(words: Read, text: Text, size: tuple[int, int], repeat: int, strength: float) -> Cond:
     extra = {"encoder_hidden_states": words.tokens.repeat_interleave(repeat, 0)}
     if text.sized:
         if words.pooled is None:
@@ -115,4 +116,7 @@ def _cond(words: Read, text: Text, size: tuple[int, int], repeat: int) -> Cond:
         ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=words.tokens.device)
         extra["text_embeds"] = words.pooled.repeat_interleave(repeat, 0)
         extra["time_ids"] = ids.expand(len(extra["text_embeds"]), -1)
+    if text.strength_width is not None:
+        strengths = torch.full((len(extra["encoder_hidden_states"]),), strength - 1.0, device=words.tokens.device)
+        extra["timestep_cond"] = strength_embedding(strengths, text.strength_width)
     return Cond(None, extra)

@@ -18,6 +18,7 @@ from fastdiff.models.autoencoder_files import load_autoencoder
 from fastdiff.models.weights import MANIFEST, load_model
 from fastdiff.pipeline import resolve
 from fastdiff.text_to_image.loading import INDEX, load_text_encoders, part_of, read_index
+from fastdiff.text_to_image.pipeline import usual_strength
 
 FORMATS = ("folder", "triton-server")
 
@@ -126,6 +127,7 @@ def text_model(root: Path) -> Any:
         sampler,
         sampler.options.name,
         trained,
+        usual_strength(unet.network.config.addition_embed_type is not None),
         bool(index.get("force_zeros_for_empty_prompt", False)),
     )
 

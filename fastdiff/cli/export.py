@@ -17,6 +17,7 @@ from fastdiff.models.lora import LoraSet, read_lora
 from fastdiff.models.weights import MANIFEST, Model, ModelInfo, load_model, load_unet
 from fastdiff.pipeline import INDEX, resolve
 from fastdiff.text_to_image.loading import load_controlnet, load_text_encoders, read_index
+from fastdiff.text_to_image.pipeline import usual_strength
 
 PARTS = ("unet", "decoder", "controlnet", "text-encoder", "text-encoder-2")
 TARGETS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "onnx")
@@ -150,8 +151,9 @@ def source(folder: Path) -> tuple[Model, Any]:
             load_unet(folder, channels_last=False), ModelInfo(path="scaled_linear", prediction="eps"), folder
         ), None
     network = load_unet(inside(folder, "unet"), channels_last=False)
-    reads, config = network.config.conditional, network.config
-    strength = 1.0 if not reads or config.time_cond_proj_dim else 5.0 if config.addition_embed_type else 7.5
+    config = network.config
+    alone = not config.conditional or config.time_cond_proj_dim
+    strength = 1.0 if alone else usual_strength(config.addition_embed_type is not None)
     trained = from_diffusers_scheduler(inside(folder, "scheduler")).trained()
     return Model(network, ModelInfo(guidance_scale=strength), folder / "unet"), trained
 

@@ -25,10 +25,11 @@ from fastdiff.integrations.schedulers import Sampler
 from fastdiff.models.autoencoder import AutoencoderKL
 from fastdiff.models.controlnet import ControlNet
 from fastdiff.models.lora import LoraSet, read_lora
-from fastdiff.models.text import Encoded, TextEncoder, encode, strength_embedding
+from fastdiff.models.text import Encoded, TextEncoder, encode
 from fastdiff.models.tiny_autoencoder import AutoencoderTiny
 from fastdiff.models.unet import UNet
 from fastdiff.sampling.denoiser import Cond
+from fastdiff.sampling.guidance import strength_embedding
 from fastdiff.sampling.loop import State
 from fastdiff.sampling.parts import Generators
 from fastdiff.sampling.run import Ready, ready, sample
@@ -36,6 +37,11 @@ from fastdiff.sampling.solvers import Solver
 from fastdiff.text_to_image.start import Draws, start
 
 DEFAULT_STEPS = 50
+
+
+def usual_strength(xl: bool) -> float:
+    """The strength of guidance of a call that names none."""
+    return 5.0 if xl else 7.5
 
 
 @dataclass(frozen=True)
@@ -286,7 +292,7 @@ class TextToImage:
         if asked.seed is not None and asked.generator is not None:
             raise PlanError("give seed or generator, not both")
         parts, config = self.parts, self.parts.unet.config
-        scale = asked.guidance_scale if asked.guidance_scale is not None else 5.0 if parts.xl else 7.5
+        scale = asked.guidance_scale if asked.guidance_scale is not None else usual_strength(parts.xl)
         text = self._texts(
             asked.prompt, asked.prompt_2, asked.prompt_embeds, asked.pooled_prompt_embeds, asked.clip_skip, "prompt"
         )
