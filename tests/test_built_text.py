@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -261,6 +262,26 @@ def test_a_failing_build_leaves_nothing_behind(sd, tmp_path, monkeypatch, failin
     with pytest.raises(ArtifactError, match="it failed"):
         build_text_folder(text_model(sd), tmp_path / "out", [Wanted(2)])
     assert os.listdir(tmp_path) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fastdiff.cli.build import text_model
+from fastdiff.export import build_text
+build_text.describe = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+build_text.build_text_folder(text_model(Path(sys.argv[1])), sys.argv[2], [build_text.Wanted(2)])
+"""
+
+
+def test_a_build_that_is_killed_leaves_no_folder_of_that_name(sd, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(sd), str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "out").exists() and list(tmp_path.iterdir()), "it was killed in the middle of it"
+    build_text_folder(text_model(sd), tmp_path / "out", [Wanted(2)])
+    load_built(tmp_path / "out")
 
 
 def test_the_same_weights_give_the_same_bytes(sd, sd_built, tmp_path):

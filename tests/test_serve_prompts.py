@@ -189,6 +189,16 @@ def refusing(pipe):
         yield client
 
 
+def test_a_latent_consistency_model_is_told_its_strength(tmp_path):
+    tiny.stable_diffusion(tmp_path, tiny.scheduler("LCMScheduler"), time_cond_proj_dim=8).save_pretrained(
+        tmp_path / "lcm"
+    )
+    with TestClient(Served(load_folder(tmp_path / "lcm")).app, raise_server_exceptions=False) as client:
+        asked = {"prompt": "a fox", "seed": 1, "num_inference_steps": 3}
+        images = {client.post(URL, json=asked | {"guidance_scale": g}).json()["data"][0]["b64_json"] for g in (1.5, 8)}
+    assert len(images) == 2
+
+
 def test_models_say_that_they_take_prompts(refusing):
     (card,) = refusing.get("/v1/models").json()["data"]
     assert card["prompts"] and card["classes"] == [] and card["sizes"] == ["16x24", "16x16"]
@@ -237,6 +247,7 @@ def test_models_that_need_more_than_a_prompt_are_refused(tmp_path):
     with pytest.raises(BackendError, match="has a ControlNet"):
         TextConditional(load_folder(tmp_path / "plain", controlnet=tmp_path / "control"), "x")
     pipe = load_folder(tmp_path / "plain")
+    assert TextConditional(pipe, "x", [(16, 24), (16, 16), (16, 24)]).facts()["sizes"] == ["24x16", "16x16"]
     with pytest.raises(ShapeError, match="height is 17; allowed: multiples of 2"):
         TextConditional(pipe, "x", [(17, 16)])
     with pytest.raises(BackendError, match="reads 8 channels and enlarges by 2; needed: 4 and 2"):

@@ -54,7 +54,7 @@ class TextConditional:
                 f"the decoder of previews reads {preview.latent_channels} channels and enlarges by {preview.grow}; "
                 f"needed: {vae.latent_channels} and {vae.grow}, as the model's own"
             )
-        self.sizes = tuple(pipeline.size(*size) for size in sizes or ((None, None),))
+        self.sizes = tuple(dict.fromkeys(pipeline.size(*size) for size in sizes or ((None, None),)))
         self._named = {f"{width}x{height}": (height, width) for height, width in self.sizes}
         self._encoded = lru_cache(KEPT)(self._encode)
 
