@@ -24,7 +24,7 @@ from fastdiff.pipeline import Pipeline
 START_SECONDS = 5.0
 GROWTH_MIB = 64.0  # of the peak, whatever was sent
 DRIFT = 0.01  # of the memory held after the crowd has gone
-SUITES = ("tests/test_engine.py", "tests/test_serve.py", "tests/test_serve_live.py")
+SUITES = ("tests/test_engine.py", "tests/test_serve.py", "tests/test_serve_prompts.py", "tests/test_serve_live.py")
 MIX: tuple[dict[str, Any], ...] = (
     {"sampler": "flow_map", "num_inference_steps": 4},
     {"sampler": "ddim", "num_inference_steps": 10, "guidance_scale": 2.0, "eta": 0.5},

@@ -28,7 +28,8 @@ from fastdiff.models.unet import UNet
 from fastdiff.models.weights import Model, ModelInfo, load_unet
 
 MINUTES, MEMORY, FASTER = 3.0, 2.5, 0.95
-TESTS = ("tests/test_export.py", "tests/test_export_models.py", "tests/test_export_parts.py", "tests/test_ort.py")
+TESTS = ("tests/test_export.py", "tests/test_export_models.py", "tests/test_export_parts.py", "tests/test_ort.py",
+         "tests/test_built.py", "tests/test_built_text.py")  # fmt: skip
 DIVISOR = 2  # of the widths in a quick run
 SIZES = {"batch": 1, "height": 64, "width": 64, "tokens": 77}
 
@@ -141,7 +142,7 @@ def full_size(quick: bool, details: dict[str, Any]) -> Iterator[Bar]:
 
 
 def tests() -> Iterator[Bar]:
-    """The parts of the suite that are the bars: all models and types; files that lead elsewhere; no silent fallback."""
+    """The parts of the suite that are the bars: models and types; files that lead elsewhere; no fallback; folders."""
     for file in TESTS:
         yield suite(f"{file}: exported, checked, measured", file)
 

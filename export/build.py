@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -82,7 +83,7 @@ def build_folder(
         dtype: in which graphs and engines compute.
 
     Returns:
-        The SHA-256 of its description, ``built.json``: who names it to ``BuiltPipeline.load`` trusts the engines.
+        The SHA-256 of its description, ``built.json``: who names it to ``load_built`` trusts the engines.
 
     Raises:
         PlanError: on presets that cannot be.
@@ -90,30 +91,41 @@ def build_folder(
     """
     if model.folder is None:
         raise ArtifactError("build needs a model that was loaded from a folder, so that its hash can be recorded")
-    if not wanted:
-        raise PlanError("a folder needs one preset or more")
     if model.network.config.conditional or model.network.config.sample_size is None:
         raise PlanError(
-            "a folder is built of a network without text, whose config has a sample_size; see fastdiff export"
+            "a folder is built of a network whose config has a sample_size; one that reads text needs all its pipeline"
         )
+    presets, tables = planned(wanted, partial(_preset, model))
     with appearing(Path(out)) as root:
-        presets: dict[str, Preset] = {}
-        tables: dict[str, StepTable] = {}
-        for one in wanted:
-            name, preset, table = _preset(model, one)
-            if name in presets:
-                raise PlanError(f"preset {name!r} is asked for twice")
+        for preset in presets.values():
             if not (root / preset.graph).exists():  # presets may share one
                 _export(model, root / preset.graph, preset, Options(dtype))
-            presets[name] = preset
-            if table is not None:
-                tables[name] = table
-        if tables:
-            write_tensors(root / TABLES, {name: table.values for name, table in tables.items()}, {"format": "pt"})
+        write_tables(root, tables)
         if engines is not None:
             _build_engines(model, root, presets, engines, dtype)
-        write_text(root / BUILT, json.dumps(_description(model, root, presets), indent=2) + "\n")
-        return sha256(root / BUILT)
+        return describe(root, presets, _facts(model))
+
+
+def planned(
+    wanted: Sequence[Wanted], plan: Callable[[Wanted], tuple[str, Preset, StepTable | None]]
+) -> tuple[dict[str, Preset], dict[str, StepTable]]:
+    """Plan all presets of a folder: what is written of each, and the tables of those that have one, by name.
+
+    Raises:
+        PlanError: if there is none, or one twice, or one cannot be.
+    """
+    if not wanted:
+        raise PlanError("a folder needs one preset or more")
+    presets: dict[str, Preset] = {}
+    tables: dict[str, StepTable] = {}
+    for one in wanted:
+        name, preset, table = plan(one)
+        if name in presets:
+            raise PlanError(f"preset {name!r} is asked for twice")
+        presets[name] = preset
+        if table is not None:
+            tables[name] = table
+    return presets, tables
 
 
 def _preset(model: Model, wanted: Wanted) -> tuple[str, Preset, StepTable | None]:
@@ -125,9 +137,7 @@ def _preset(model: Model, wanted: Wanted) -> tuple[str, Preset, StepTable | None
     if strength != 1 and model.info.null_label is None:
         raise PlanError(f"guidance_scale is {strength:g}; this model has no null label, so 1 alone is allowed")
     table, times = table_of(model, (path, prediction), sampler, steps, strength)
-    name = f"{sampler.replace(':', '-').replace(',', '-').replace('=', '')}-{steps}" + (
-        "-fused" if wanted.fused else ""
-    )
+    name = preset_name(sampler, steps) + ("-fused" if wanted.fused else "")
     preset = Preset(
         kind=FUSED if wanted.fused else STEPS,
         graph=f"{name}.onnx" if wanted.fused else UNET,
@@ -139,6 +149,17 @@ def _preset(model: Model, wanted: Wanted) -> tuple[str, Preset, StepTable | None
         plans={},
     )
     return name, preset, None if wanted.fused else table
+
+
+def preset_name(sampler: str, steps: int) -> str:
+    """What a preset is called."""
+    return f"{sampler.replace(':', '-').replace(',', '-').replace('=', '')}-{steps}"
+
+
+def write_tables(root: Path, tables: Mapping[str, StepTable]) -> None:
+    """Write the numbers of the tables of all presets, if there are any."""
+    if tables:
+        write_tensors(root / TABLES, {name: table.values for name, table in tables.items()}, {"format": "pt"})
 
 
 def _export(model: Model, file: Path, preset: Preset, options: Options) -> None:
@@ -233,13 +254,11 @@ def bucket_of(graph: Path, batch: tuple[int, int, int], side: int) -> Bucket:
     return {name: known[name] for name in names}
 
 
-def _description(model: Model, root: Path, presets: dict[str, Preset]) -> dict[str, Any]:
-    """What ``read_folder`` reads."""
+def _facts(model: Model) -> dict[str, Any]:
+    """What a folder says of its model."""
     config, info = model.network.config, model.info
     assert model.folder is not None and config.sample_size is not None  # build_folder and the export saw to it
-    files = sorted(path for path in root.rglob("*") if path.is_file())
     return {
-        "format": FORMAT,
         "model_sha256": fingerprint(model.folder),
         "shape": [config.in_channels, config.sample_size, config.sample_size],
         "crop": info.crop,
@@ -247,6 +266,15 @@ def _description(model: Model, root: Path, presets: dict[str, Preset]) -> dict[s
         "null_label": info.null_label,
         "labelled": config.num_class_embeds is not None,
         "two_time": info.target is not None,
+    }
+
+
+def describe(root: Path, presets: Mapping[str, Preset], facts: Mapping[str, Any]) -> str:
+    """Write what ``read_folder`` reads; the SHA-256 of that."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    values = {
+        "format": FORMAT,
+        **facts,
         "presets": {name: asdict(preset) for name, preset in presets.items()},
         "default": next(iter(presets)),
         "files": {
@@ -254,6 +282,8 @@ def _description(model: Model, root: Path, presets: dict[str, Preset]) -> dict[s
         },
         "versions": {"fastdiff": metadata.version("fastdiff"), "torch": torch.__version__, "onnx": onnx.__version__},
     }
+    write_text(root / BUILT, json.dumps(values, indent=2) + "\n")
+    return sha256(root / BUILT)
 
 
 @contextmanager

@@ -102,30 +102,34 @@ def layer_norm(x: Symbol, size: Any, weight: Symbol, bias: Symbol, eps: float = 
 
 
 @becomes(F.scaled_dot_product_attention)
-def attention(q: Symbol, k: Symbol, v: Symbol) -> Symbol:
+def attention(q: Symbol, k: Symbol, v: Symbol, *, is_causal: bool = False) -> Symbol:
     """``[N, heads, L, d]`` and ``[N, heads, M, d]`` twice; the queries are scaled first, so that less overflows."""
     if q.dtype != torch.float32 and f"{q.graph.here}.{LOGITS}" in q.graph.wide:
-        return cast(attention(*(cast(part, torch.float32) for part in (q, k, v))), q.dtype)
+        return cast(attention(*(cast(part, torch.float32) for part in (q, k, v)), is_causal=is_causal), q.dtype)
     k, v = cast(k, q.dtype), cast(v, q.dtype)
     graph, shape, scale = q.graph, (*q.shape[:-1], v.shape[-1]), 1 / math.sqrt(int(q.shape[-1]))  # type: ignore[arg-type]
     if graph.target.attention:
-        return graph.node("Attention", [q, k, v], shape, q.dtype, scale=scale)  # type: ignore[no-any-return]
+        how = {"is_causal": 1} if is_causal else {}
+        return graph.node("Attention", [q, k, v], shape, q.dtype, scale=scale, **how)  # type: ignore[no-any-return]
     if graph.target.own:
-        return _fused_attention(q, k, v, scale)
+        return _fused_attention(q, k, v, scale, is_causal)
     keys = permute(k, 0, 1, 3, 2)
     logits = graph.node("MatMul", [q * scale, keys], (*q.shape[:-1], k.shape[2]), q.dtype)
+    if is_causal:
+        later = torch.full((int(q.shape[2]), int(k.shape[2])), -torch.inf).triu(1)  # type: ignore[arg-type]
+        logits = logits + graph.constant(later.to(q.dtype))
     shares = graph.node("Softmax", [logits], logits.shape, q.dtype, axis=-1)
     return graph.node("MatMul", [shares, v], shape, q.dtype)  # type: ignore[no-any-return]
 
 
-def _fused_attention(q: Symbol, k: Symbol, v: Symbol, scale: float) -> Symbol:
+def _fused_attention(q: Symbol, k: Symbol, v: Symbol, scale: float, is_causal: bool) -> Symbol:
     """Onnxruntime's own operator, which never holds all logits; it reads and writes ``[N, L, heads * d]``."""
     heads, together = int(q.shape[1]), []  # type: ignore[arg-type]
     for part in (q, k, v):
         rows = permute(part, 0, 2, 1, 3)
         together.append(reshape(rows, *rows.shape[:2], heads * int(rows.shape[3])))  # type: ignore[arg-type]
     shape = (*together[0].shape[:2], together[2].shape[2])
-    how = {"num_heads": heads, "scale": scale, "domain": OWN}
+    how = {"num_heads": heads, "scale": scale, "domain": OWN} | ({"unidirectional": 1} if is_causal else {})
     mixed = q.graph.node("MultiHeadAttention", together, shape, q.dtype, **how)
     return permute(reshape(mixed, *shape[:2], heads, -1), 0, 2, 1, 3)
 

@@ -37,6 +37,14 @@ def take_along_dim(x: Symbol, index: Tensor, dim: int) -> Symbol:
     return sliced(x, dim, at, at + 1)
 
 
+@becomes(torch.argmax, method="argmax")
+def argmax(x: Symbol, dim: int) -> Symbol:
+    """The place of the largest number along the last axis, the first one where several are as large."""
+    if dim not in (-1, x.dim() - 1):
+        raise PlanError(f"argmax along axis {dim} is not exported; allowed: the last")
+    return x.graph.node("ArgMax", [x], x.shape[:-1], torch.int64, axis=-1, keepdims=0)  # type: ignore[no-any-return]
+
+
 @becomes(torch.reshape, torch.Tensor.view, torch.Tensor.reshape, method="reshape")
 def reshape(x: Symbol, *sizes: Any) -> Symbol:
     """Other sizes for the same numbers, one of which may be -1."""

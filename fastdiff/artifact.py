@@ -16,7 +16,8 @@ class Manifest:
     """Facts about one exported file, written as ``<file>.json`` beside it."""
 
     # "unet": one network evaluation; "step": that without what "prepare" computes once, a graph of its own beside it;
-    # "sampler": noise in, image out; "decoder": latents in, image out; "controlnet": as "step", residuals out
+    # "sampler": noise in, image out; "decoder": latents in, image out; "controlnet": as "step", residuals out;
+    # "text_encoder": tokens in, what the network reads out
     kind: str
     sha256: str  # of the file
     model_sha256: str  # ``fingerprint`` of the weights it was made from

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # loaded where a picture is made or read: tensors in and out 
 
 Picture: TypeAlias = "Image.Image | np.ndarray | Tensor"
 OUTPUTS = ("pil", "pt", "np", "latent")
+MAX_PIXELS = 2**26
 
 
 class Output(NamedTuple):
@@ -38,6 +39,21 @@ def to_images(x: Tensor, crop: int, output_type: str) -> Any:
 
     pixels = (array * 255).round().astype(np.uint8)
     return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
+
+
+def fitting_size(given: tuple[int | None, int | None], own: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Height and width of a picture, the model's own where None is given.
+
+    Raises:
+        ShapeError: if they are no multiples of ``multiple``, or too large.
+    """
+    found = (own[0] if given[0] is None else given[0], own[1] if given[1] is None else given[1])
+    for name, value in zip(("height", "width"), found, strict=True):
+        if isinstance(value, bool) or not isinstance(value, int) or value < multiple or value % multiple:
+            raise ShapeError(f"{name} is {value!r}; allowed: multiples of {multiple}")
+    if found[0] * found[1] > MAX_PIXELS:
+        raise ShapeError(f"height and width are {found}; allowed: at most {MAX_PIXELS} pixels")
+    return found
 
 
 def to_tensor(

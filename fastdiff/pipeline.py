@@ -14,7 +14,7 @@ from fastdiff.arguments import arguments_of_a_run
 from fastdiff.backends import Spec, load_backend
 from fastdiff.backends.eager import ops_for
 from fastdiff.backends.in_memory import walk_of
-from fastdiff.built import BuiltPipeline, is_built
+from fastdiff.built import BuiltPipeline, BuiltTextToImage, is_built, load_built
 from fastdiff.calibration.file import AUTO, CALIBRATED, Calibrated, load_for
 from fastdiff.errors import ArtifactError, PlanError
 from fastdiff.images import Output, to_images
@@ -155,9 +155,9 @@ class Pipeline:
         return load_single_file(file, **options)
 
     @classmethod
-    def from_built(cls, folder: str | os.PathLike[str], **options: Any) -> BuiltPipeline:
-        """Load what ``fastdiff build`` made; see ``BuiltPipeline.load``."""
-        return BuiltPipeline.load(folder, **options)
+    def from_built(cls, folder: str | os.PathLike[str], **options: Any) -> BuiltPipeline | BuiltTextToImage:
+        """Load what ``fastdiff build`` made; see ``fastdiff.built.load_built``."""
+        return load_built(folder, **options)
 
     def model_hash(self) -> str:
         """The SHA-256 of the weights, see ``fingerprint``."""

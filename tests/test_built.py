@@ -18,7 +18,7 @@ pytest.importorskip("onnx", reason="build needs onnx (pip install 'fastdiff[onnx
 pytest.importorskip("onnxruntime", reason="build needs onnxruntime (pip install 'fastdiff[onnx]')")
 
 from fastdiff import Pipeline  # noqa: E402
-from fastdiff.built import BUILT, BuiltPipeline, read_folder  # noqa: E402
+from fastdiff.built import BUILT, load_built, read_folder  # noqa: E402
 from fastdiff.built.tables import from_json, to_json  # noqa: E402
 from fastdiff.cli import main  # noqa: E402
 from fastdiff.errors import ArtifactError, BackendError, PlanError, ShapeError  # noqa: E402
@@ -160,10 +160,10 @@ def test_an_altered_file_is_refused(copy, name):
     content[len(content) // 2] ^= 1
     (copy / name).write_bytes(content)
     with pytest.raises(ArtifactError, match=f"{name}: its bytes are not those built.json describes"):
-        BuiltPipeline.load(copy)
+        load_built(copy)
     (copy / name).unlink()
     with pytest.raises(ArtifactError, match=f"{name}: no such file"):
-        BuiltPipeline.load(copy)
+        load_built(copy)
 
 
 def change(folder: Path, edit) -> None:
@@ -201,17 +201,17 @@ def change(folder: Path, edit) -> None:
 def test_a_description_that_cannot_be_is_refused(copy, edit):
     change(copy, edit)
     with pytest.raises(ArtifactError):
-        BuiltPipeline.load(copy)
+        load_built(copy)
 
 
 def test_trust_is_for_one_description(made, copy):
     assert read_folder(copy, trust=made[2]).trusted and not read_folder(copy).trusted
     change(copy, lambda values: values.update(crop=0))
     with pytest.raises(ArtifactError, match="not the .* that is trusted"):
-        BuiltPipeline.load(copy, trust=made[2])
+        load_built(copy, trust=made[2])
 
 
-@pytest.mark.parametrize("failing", ["export_unet", "write_tensors", "_description"])
+@pytest.mark.parametrize("failing", ["export_unet", "write_tensors", "describe"])
 def test_a_failing_build_leaves_nothing_behind(made, tmp_path, monkeypatch, failing):
     def fail(*_, **__):
         raise ArtifactError("it failed")
@@ -315,15 +315,15 @@ def test_engines_of_a_stranger_need_trust(with_engines, gpu, tmp_path, monkeypat
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "user"))
     how = {"device": "cuda", "backend": "tensorrt"}
     with pytest.raises(ArtifactError, match="was not sealed by this user's cache"):
-        BuiltPipeline.load(root / "out", **how)
+        load_built(root / "out", **how)
     with pytest.raises(BackendError, match="TensorRT for RTX refuses it: .*CUDA"):  # as far as it goes without a GPU
-        BuiltPipeline.load(root / "out", trust=digest, **how)
+        load_built(root / "out", trust=digest, **how)
     monkeypatch.setenv("FASTDIFF_CACHE", str(root / "user"))
     with pytest.raises(BackendError, match="TensorRT for RTX refuses it"):
-        BuiltPipeline.load(root / "out", **how)
+        load_built(root / "out", **how)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     with pytest.raises(BackendError, match="has engines for sm86, sm120; this GPU is sm90"):
-        BuiltPipeline.load(root / "out", **how)
+        load_built(root / "out", **how)
 
 
 def test_the_command_builds_engines_of_an_export(made, tmp_path, capsys, monkeypatch):

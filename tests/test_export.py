@@ -240,7 +240,7 @@ def test_a_text_model_from_the_command_line(tmp_path, capsys):
     import tiny_pipelines as tiny
 
     tiny.stable_diffusion(tmp_path).save_pretrained(tmp_path / "model")
-    commands = {"unet.onnx": [], "decoder.onnx": ["--part", "decoder"],
+    commands = {"unet.onnx": [], "decoder.onnx": ["--part", "decoder"], "text_encoder.onnx": ["--part", "text-encoder"],
                 "sampler.onnx": ["--fuse-sampler", "2", "--size", "6", "8"]}  # fmt: skip
     for name, options in commands.items():
         file = tmp_path / name
@@ -248,3 +248,5 @@ def test_a_text_model_from_the_command_line(tmp_path, capsys):
         report = json.loads(capsys.readouterr().out)
         assert report["kind"] == {"unet": "step"}.get(file.stem, file.stem) and report["parity"]
     assert report["outputs"]["latents"][1] == ["batch", 4, 6, 8]
+    assert main(["export", "--model", str(tmp_path / "model"), "--part", "text-encoder-2"]) == 2
+    assert "--part is text-encoder-2; this model has 1 text encoder" in capsys.readouterr().err

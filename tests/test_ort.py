@@ -250,6 +250,13 @@ def test_on_a_gpu_inputs_and_outputs_are_bound_by_address():
     assert results["output"].shape == (4, 3, 5, 6) and bool((results["output"] == 1).all())
 
 
+def test_a_size_may_be_a_multiple_of_one_of_the_inputs():
+    session = FakeSession()
+    grown = SimpleNamespace(name="images", type="tensor(float)", shape=["batch", 3, "8*height", "8*width"])
+    session.get_outputs = lambda: [grown]
+    assert Runner(session, CPU)._empty({"sample": torch.zeros(4, 2, 5, 6)})["images"].shape == (4, 3, 40, 48)
+
+
 def test_a_cuda_graph_reads_the_same_addresses_again():
     session = FakeSession()
     runner = Runner(session, CPU, graphs=True)

@@ -128,3 +128,31 @@ def test_the_page_asks_for_a_key_where_one_is_needed_and_stops_when_told(browser
         while 'outcome="Cancelled"' not in live.get("/metrics"):
             assert time.monotonic() < end
             time.sleep(0.1)
+
+
+@needs_chromium
+def test_the_page_asks_for_a_prompt_where_the_model_takes_one(browser, tmp_path):
+    pytest.importorskip("transformers", reason="text encoders need transformers (pip install 'fastdiff[text]')")
+    pytest.importorskip("diffusers", reason="tiny models are made by diffusers (pip install 'fastdiff[test]')")
+    import tiny_pipelines as tiny
+
+    tiny.stable_diffusion(tmp_path).save_pretrained(tmp_path / "model")
+    with server(REAL, "--model", str(tmp_path / "model"), "--size", "16x24", "16x16", "--backend", "eager") as live:
+        browser.call("POST", "/url", {"url": live.url})
+        browser.until("document.forms[0].elements.sampler.length")
+        hidden = browser.run("return ['label-row', 'size-row'].map((row) => document.getElementById(row).hidden)")
+        assert hidden == [True, False]
+        browser.run(
+            "const f = document.forms[0].elements; f.prompt.value = 'a fox'; f.negative_prompt.value = 'fog';"
+            "f.seed.value = '7'; f.size.value = '16x16'; f.num_inference_steps.value = '3';"
+            "document.getElementById('go').click()"
+        )
+        browser.until("document.querySelectorAll('figure.done').length == 1")
+        asked = {"prompt": "a fox", "negative_prompt": "fog", "seed": 7, "size": "16x16", "num_inference_steps": 3}
+        body = Request(
+            live.url + "/v1/images/generations", json.dumps(asked).encode(), {"content-type": "application/json"}
+        )
+        with urlopen(body) as answer:
+            expected = json.load(answer)["data"][0]["b64_json"]
+        assert browser.run("return document.images[0].src").endswith(expected)
+        assert browser.complaints() == []

@@ -117,7 +117,7 @@ class Runner:
         return self._replayed(feed) if self.graphs else self._bound(feed, self._empty(feed), None)
 
     def _empty(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Memory for the outputs, whose sizes are numbers or names of sizes of the inputs."""
+        """Memory for the outputs, whose sizes are numbers, names of sizes of the inputs, or ``8*name``."""
         known = {
             name: size
             for entry in self.inputs.values()
@@ -126,7 +126,7 @@ class Runner:
         }
         return {
             name: torch.empty(
-                [size if isinstance(size, int) else known[size] for size in entry.shape],
+                [size if isinstance(size, int) else _times(size, known) for size in entry.shape],
                 dtype=_TYPES[entry.type][0], device=self.device,
             )
             for name, entry in self.outputs.items()
@@ -161,3 +161,9 @@ class Runner:
         options.add_run_config_entry("gpu_graph_id", str(number))
         self._bound(inputs, results, options)
         return {name: value.clone() for name, value in results.items()}
+
+
+def _times(size: str, known: Mapping[str, int]) -> int:
+    """A size as exported graphs write it: a name, or a multiple of one."""
+    factor, _, name = size.rpartition("*")
+    return int(factor or 1) * known[name]

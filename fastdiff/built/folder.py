@@ -44,6 +44,35 @@ class Preset:
 
 
 @dataclass(frozen=True)
+class Words:
+    """How prompts become what the network reads: a tokenizer of the library ``tokenizers``, and an encoder's graph."""
+
+    tokenizer: str
+    graph: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a folder of a text-to-image model has besides.
+
+    Args:
+        encoders: one, or SDXL's two, whose tokens lie side by side.
+        decoder: graph that makes images of what is drawn.
+        grow: pixels of an image for one of what is drawn, in height and width.
+        sized: does the network read the image's size (SDXL)?
+        zero_empty_prompt: is it guided away from zeros where there is no negative prompt?
+        strength_width: of the guidance strength as the network reads it (LCM); None: it does not.
+    """
+
+    encoders: tuple[Words, ...]
+    decoder: str
+    grow: int
+    sized: bool
+    zero_empty_prompt: bool
+    strength_width: int | None
+
+
+@dataclass(frozen=True)
 class Folder:
     """A built folder, read and checked. ``trusted`` says whether the caller named the hash of its description."""
 
@@ -59,6 +88,7 @@ class Folder:
     default: str
     files: dict[str, dict[str, Any]]  # name -> {"sha256", "bytes"}
     trusted: bool
+    text: Text | None = None  # of a text-to-image model
 
     def file(self, name: str) -> Path:
         """Return a file of the folder, its content checked.
@@ -109,11 +139,30 @@ def read_folder(root: Path, trust: str | None = None) -> Folder:
     try:
         presets = {str(name): Preset(**preset) for name, preset in values.pop("presets").items()}
         values.pop("versions")
-        folder = Folder(root=root, presets=presets, trusted=trust is not None, **values)
+        text = _text(values.pop("text", None))
+        folder = Folder(root=root, presets=presets, trusted=trust is not None, text=text, **values)
         _check(folder)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ArtifactError(f"{place}: {type(error).__name__}: {shown(str(error))}") from error
     return Folder(**{**vars(folder), "shape": tuple(folder.shape), "classes": tuple(folder.classes)})
+
+
+def _text(values: Any) -> Text | None:
+    """A TypeError or ValueError says what cannot be."""
+    if values is None:
+        return None
+    text = Text(**(values | {"encoders": tuple(Words(**words) for words in values["encoders"])}))
+    names = [name for words in text.encoders for name in (words.tokenizer, words.graph)]
+    if not names or not all(isinstance(name, str) for name in (*names, text.decoder)):
+        raise ValueError(f"text is {values!r}")
+    if type(text.grow) is not int or not 1 <= text.grow <= 64:
+        raise ValueError(f"text.grow is {text.grow!r}")
+    width = text.strength_width
+    if width is not None and not (type(width) is int and 4 <= width <= 1 << 16):
+        raise ValueError(f"text.strength_width is {width!r}")
+    if not all(type(flag) is bool for flag in (text.sized, text.zero_empty_prompt)):
+        raise ValueError(f"text is {values!r}")
+    return text
 
 
 def _check(folder: Folder) -> None:

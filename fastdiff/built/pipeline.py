@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdiff.artifact import load_manifest
-from fastdiff.backends.ort import network_from
-from fastdiff.backends.ort_session import Runner, open_session
-from fastdiff.built.folder import FUSED, TABLES, Folder, Preset, read_folder
-from fastdiff.built.tables import from_json
-from fastdiff.errors import ArtifactError, BackendError, PlanError
+from fastdiff.built.folder import FUSED, Folder, Preset
+from fastdiff.built.graphs import open_graph, open_network
+from fastdiff.built.walk import OUTPUTS, guided, read_numbers, read_table, starting, walk
+from fastdiff.errors import BackendError, PlanError
 from fastdiff.images import Output, to_images
 from fastdiff.labels import check_labels
-from fastdiff.models.files import read_tensors, sha256
-from fastdiff.sampling.denoiser import Cond, Network
-from fastdiff.sampling.inpaint import check_image
-from fastdiff.sampling.loop import sample
-from fastdiff.sampling.noise import INITIAL, Noise
-from fastdiff.sampling.parts import make_noise, plan
-from fastdiff.sampling.table import StepTable
+from fastdiff.models.files import sha256
+from fastdiff.sampling.denoiser import Cond
+from fastdiff.sampling.noise import Noise
 
 RUNTIMES = ("onnxruntime", "tensorrt")
-OUTPUTS = ("pil", "pt", "np")
 Draw = Callable[[Tensor, list[int | None], Noise], Tensor]  # starting state, labels, noise -> samples in [-1, 1]
 
 
@@ -44,32 +35,9 @@ class BuiltPipeline:
         if backend not in RUNTIMES:
             raise BackendError(f"backend is {backend!r}; a built folder runs on: {', '.join(RUNTIMES)}")
         self.folder, self.device, self.backend = folder, device, backend
-        tables = read_tensors(folder.file(TABLES)) if TABLES in folder.files else {}
+        tables = read_numbers(folder)
         opened: dict[str, Any] = {}  # presets may share a graph
         self.runners = {name: self._runner(name, preset, tables, opened) for name, preset in folder.presets.items()}
-
-    @classmethod
-    def load(
-        cls,
-        folder: str | os.PathLike[str],
-        *,
-        device: str | torch.device = "cpu",
-        backend: str = "onnxruntime",
-        trust: str | None = None,
-    ) -> BuiltPipeline:
-        """Load what ``fastdiff build`` made.
-
-        Args:
-            folder: holds ``built.json``.
-            device: ``"cpu"`` or ``"cuda"``.
-            backend: ``"onnxruntime"`` or ``"tensorrt"``.
-            trust: SHA-256 of ``built.json``, printed by ``fastdiff build``: needed for engines made on another machine.
-
-        Raises:
-            ArtifactError: if the folder is damaged, or its engines were made elsewhere and it is not trusted.
-            BackendError: if the backend cannot run here.
-        """
-        return cls(read_folder(Path(folder), trust), torch.device(device), backend)
 
     def __call__(
         self,
@@ -100,13 +68,7 @@ class BuiltPipeline:
         labels, name = self.labels(class_labels, num_images_per_prompt), self.folder.preset(preset)
         made, draws = self.folder.presets[name], (self.folder.presets[name].table or {}).get("draws", 0)
         shape = (len(labels), *self.folder.shape)
-        noise = make_noise(shape, draws, seed, None, self.device, initial=latents is None)
-        if latents is None:
-            number = torch.full((shape[0],), INITIAL, dtype=torch.int64, device=self.device)
-            x = made.scale * noise.draw(number, torch.empty(shape, device=self.device))
-        else:
-            check_image("latents", latents, shape)
-            x = latents.to(self.device, torch.float32)
+        x, noise = starting(shape, draws, made.scale, seed, latents, self.device)
         images = self.runners[name](x, labels, noise)
         return Output(to_images(images, 0 if made.kind == FUSED else self.folder.crop, output_type))
 
@@ -121,18 +83,13 @@ class BuiltPipeline:
         run = opened[preset.graph]
         if preset.kind == FUSED:
             return lambda x, labels, _: run(x / preset.scale, self._cond(labels).label)  # the graph scales by itself
-        if name not in tables:
-            raise ArtifactError(f"{self.folder.root / TABLES}: holds no table {name!r}")
-        table = from_json(preset.table or {}, tables[name], f"preset {name!r}")
-        table = StepTable(table.values.to(self.device), table.index.to(self.device), table.structure)
-        return lambda x, labels, noise: self._walk(run, table, x, labels, noise)
+        table = read_table(self.folder, name, tables, self.device)
 
-    @torch.no_grad()
-    def _walk(self, network: Network, table: StepTable, x: Tensor, labels: list[int | None], noise: Noise) -> Tensor:
-        guided = any(row.guided for row in table.structure.rows)
-        uncond = self._cond([self.folder.null_label] * len(labels)) if guided else None
-        denoiser, prepared = plan(network, self._cond(labels), uncond, table)
-        return sample(denoiser, x, table, noise, prepared)
+        def draw(x: Tensor, labels: list[int | None], noise: Noise) -> Tensor:
+            weak = self._cond([self.folder.null_label] * len(labels)) if guided(table) else None
+            return walk(run, table, x, self._cond(labels), weak, noise)
+
+        return draw
 
     def _cond(self, labels: Sequence[int | None]) -> Cond:
         return Cond(torch.tensor(labels, dtype=torch.int64, device=self.device)) if self.folder.labelled else Cond()
@@ -140,11 +97,9 @@ class BuiltPipeline:
     def _open(self, preset: Preset) -> Any:
         if self.backend == "tensorrt":
             return self._engine(preset)
-        file, _ = self.folder.file(preset.graph), self.folder.file(f"{preset.graph}.json")
         if preset.kind == FUSED:
-            load_manifest(file)  # checks what lies beside the graph too
-            return _fused(Runner(open_session(file, self.device), self.device))
-        return network_from(file, self.device, None)
+            return _fused(open_graph(self.folder, preset.graph, self.device))
+        return open_network(self.folder, preset.graph, self.device)
 
     def _engine(self, preset: Preset) -> Any:
         from fastdiff.backends.trt import architecture_of, load_engine, load_network

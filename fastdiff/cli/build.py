@@ -5,14 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastdiff.cli.common import show
+from fastdiff.cli.export import source
 from fastdiff.cli.generate import DTYPES
 from fastdiff.errors import BackendError, PlanError
-from fastdiff.models.weights import load_model
+from fastdiff.integrations.schedulers import from_diffusers_scheduler
+from fastdiff.models.autoencoder_files import load_autoencoder
+from fastdiff.models.weights import MANIFEST, load_model
 from fastdiff.pipeline import resolve
+from fastdiff.text_to_image.loading import INDEX, load_text_encoders, part_of, read_index
+from fastdiff.text_to_image.pipeline import usual_strength
 
 FORMATS = ("folder", "triton-server")
 
@@ -68,16 +74,62 @@ def build(options: argparse.Namespace) -> int:
     fused = options.fuse or options.format == "triton-server"
     counts = options.steps or [None]
     wanted = [Wanted(steps, options.sampler, options.guidance_scale, fused) for steps in counts]
+    root = resolve(options.model)
+    if (root / INDEX).exists() and not (root / MANIFEST).exists():
+        return _text_to_image(options, wanted)
     engines = None if options.engine is None else _engines(options)
     if options.format == "triton-server":
         return _repository(options, wanted, engines)
     digest = build_folder(load_model(resolve(options.model)), options.out, wanted, engines, DTYPES[options.dtype])
+    more = [] if engines is None else [f"on another machine its engines need: --trust {digest}"]
+    return _built(options, digest, "", more)
+
+
+def _built(options: argparse.Namespace, digest: str, how: str, more: Sequence[str] = ()) -> int:
+    """Say what was built, and how it is run."""
     report = {"folder": str(options.out), "sha256": digest, "bytes": _size(options.out)}
-    lines = [f"{options.out}: {_size(options.out) / 1e6:.1f} MB; run it with: fastdiff generate --model {options.out}"]
-    if engines is not None:
-        lines.append(f"on another machine its engines need: --trust {digest}")
-    show(options, report, "\n".join(lines))
+    line = (
+        f"{options.out}: {_size(options.out) / 1e6:.1f} MB; run it with: fastdiff generate --model {options.out}{how}"
+    )
+    show(options, report, "\n".join([line, *more]))
     return 0
+
+
+def _text_to_image(options: argparse.Namespace, wanted: Any) -> int:
+    """Build a folder of all networks of a pipeline."""
+    from fastdiff.export.build_text import build_text_folder
+
+    for name, given in (("format", options.format != "folder"), ("engine", options.engine is not None)):
+        if given:
+            raise PlanError(f"--{name} is not for text-to-image models; their graphs alone: fastdiff build --graph")
+    digest = build_text_folder(text_model(resolve(options.model)), options.out, wanted, DTYPES[options.dtype])
+    return _built(options, digest, " --prompt ...")
+
+
+def text_model(root: Path) -> Any:
+    """Load all networks of a text-to-image folder, float32.
+
+    Raises:
+        ArtifactError: if anything is missing, damaged or foreign.
+        PlanError: if the folder has a ControlNet.
+    """
+    from fastdiff.export.build_text import TextModel
+
+    index = read_index(root)
+    if (root / "controlnet").is_dir():
+        raise PlanError(f"{root} has a ControlNet; a folder is built of networks that read text alone")
+    unet, trained = source(root)
+    sampler = from_diffusers_scheduler(part_of(root, index, "scheduler"))
+    return TextModel(
+        unet,
+        load_autoencoder(part_of(root, index, "vae")),
+        load_text_encoders(root, index, DTYPES["float32"]),
+        sampler,
+        sampler.options.name,
+        trained,
+        usual_strength(unet.network.config.addition_embed_type is not None),
+        bool(index.get("force_zeros_for_empty_prompt", False)),
+    )
 
 
 def _engines(options: argparse.Namespace) -> Any:

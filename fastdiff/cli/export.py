@@ -11,13 +11,15 @@ from fastdiff.cli.generate import DTYPES
 from fastdiff.errors import BackendError, PlanError
 from fastdiff.integrations.schedulers import from_diffusers_scheduler
 from fastdiff.models.autoencoder_files import load_autoencoder
-from fastdiff.models.files import inside
+from fastdiff.models.config import UNetConfig
+from fastdiff.models.files import inside, read_json
 from fastdiff.models.lora import LoraSet, read_lora
 from fastdiff.models.weights import MANIFEST, Model, ModelInfo, load_model, load_unet
 from fastdiff.pipeline import INDEX, resolve
-from fastdiff.text_to_image.loading import load_controlnet
+from fastdiff.text_to_image.loading import load_controlnet, load_text_encoders, read_index
+from fastdiff.text_to_image.pipeline import usual_strength
 
-PARTS = ("unet", "decoder", "controlnet")
+PARTS = ("unet", "decoder", "controlnet", "text-encoder", "text-encoder-2")
 TARGETS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "onnx")
 
 
@@ -116,10 +118,24 @@ def _other_part(options: argparse.Namespace, how: Any) -> Any:
     from fastdiff.export.parts import export_controlnet, export_decoder
 
     root = resolve(options.model)
+    if options.part.startswith("text-encoder"):
+        return _text_encoder(root, options, how)
     if options.part == "decoder":
         folder = inside(root, "vae") if (root / INDEX).exists() else root
         return export_decoder(load_autoencoder(folder), options.out, options=how)
     return export_controlnet(load_controlnet(root, DTYPES["float32"]), options.out, options=how)
+
+
+def _text_encoder(root: Path, options: argparse.Namespace, how: Any) -> Any:
+    from fastdiff.export.text import export_text_encoder
+
+    encoders = load_text_encoders(root, read_index(root), DTYPES["float32"])
+    at = PARTS.index(options.part) - PARTS.index("text-encoder")
+    if at >= len(encoders):
+        raise PlanError(f"--part is {options.part}; this model has {len(encoders)} text encoder")
+    reads = UNetConfig.from_dict(read_json(inside(root, "unet/config.json")))
+    penultimate = reads.addition_embed_type is not None  # as SDXL reads its encoders
+    return export_text_encoder(encoders[at], options.out, penultimate=penultimate, options=how)
 
 
 def source(folder: Path) -> tuple[Model, Any]:
@@ -135,8 +151,9 @@ def source(folder: Path) -> tuple[Model, Any]:
             load_unet(folder, channels_last=False), ModelInfo(path="scaled_linear", prediction="eps"), folder
         ), None
     network = load_unet(inside(folder, "unet"), channels_last=False)
-    reads, config = network.config.conditional, network.config
-    strength = 1.0 if not reads or config.time_cond_proj_dim else 5.0 if config.addition_embed_type else 7.5
+    config = network.config
+    alone = not config.conditional or config.time_cond_proj_dim
+    strength = 1.0 if alone else usual_strength(config.addition_embed_type is not None)
     trained = from_diffusers_scheduler(inside(folder, "scheduler")).trained()
     return Model(network, ModelInfo(guidance_scale=strength), folder / "unet"), trained
 

@@ -14,16 +14,16 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from fastdiff.backends import BACKENDS
-from fastdiff.built import BuiltPipeline, is_built
+from fastdiff.built import BuiltTextToImage, is_built, load_built
 from fastdiff.calibration.file import AUTO, CALIBRATED
 from fastdiff.cli.common import show
 from fastdiff.errors import ArtifactError, PlanError
 from fastdiff.pipeline import Pipeline
 from fastdiff.sampling import GRIDS, GUIDANCES, SOLVERS
-from fastdiff.text_to_image import TextToImage
+from fastdiff.text_to_image import DEFAULT_STEPS, TextToImage
 
-TEXT_STEPS = 50  # diffusers' default
 TEXT_ONLY = ("prompt", "negative_prompt", "height", "width", "image", "mask_image", "strength", "lora")
+BUILT_TEXT = TEXT_ONLY[:4]  # what built folders take too
 MODEL_ONLY = ("steps", "sampler", "guidance_scale", "guidance_rescale", "guidance_interval", "clip", "grid", "eta",
               "gamma", "artifact", "tolerance")  # fmt: skip
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -142,16 +142,22 @@ def generate(options: argparse.Namespace) -> int:
 
 
 def _from_built(options: argparse.Namespace) -> int:
-    for name in (*TEXT_ONLY, *MODEL_ONLY):
-        if getattr(options, name):
-            raise PlanError(f"--{name.replace('_', '-')} is for models; {options.model} was built: choose a --preset")
     backend = "onnxruntime" if options.backend == "auto" else options.backend
-    pipe = BuiltPipeline.load(options.model, device=options.device, backend=backend, trust=options.trust)
-    labels = options.class_labels or list(range(len(pipe.folder.classes))) or None
+    pipe = load_built(options.model, device=options.device, backend=backend, trust=options.trust)
+    text = isinstance(pipe, BuiltTextToImage)
+    for name in (*TEXT_ONLY, *MODEL_ONLY):
+        if getattr(options, name) and not (text and name in BUILT_TEXT):
+            raise PlanError(f"--{name.replace('_', '-')} is for models; {options.model} was built: choose a --preset")
     latents = read_latents(options.latents) if options.latents else None
+    given = {"preset": options.preset, "num_images_per_prompt": options.num_images_per_prompt, "seed": options.seed,
+             "latents": latents}  # fmt: skip
     start = time.perf_counter()
-    images = pipe(labels, preset=options.preset, num_images_per_prompt=options.num_images_per_prompt,
-                  seed=options.seed, latents=latents).images  # fmt: skip
+    if isinstance(pipe, BuiltTextToImage):
+        _check_prompt(options)
+        images = pipe(options.prompt, negative_prompt=options.negative_prompt, height=options.height,
+                      width=options.width, **given).images  # fmt: skip
+    else:
+        images = pipe(options.class_labels or list(range(len(pipe.folder.classes))) or None, **given).images
     seconds = time.perf_counter() - start
     made = pipe.folder.presets[pipe.folder.preset(options.preset)]
     facts = {"sampler": made.sampler, "steps": str(made.num_inference_steps), "model": pipe.folder.model_sha256,
@@ -160,14 +166,11 @@ def _from_built(options: argparse.Namespace) -> int:
 
 
 def _usual_steps(pipe: TextToImage, sampler: str | None) -> int:
-    return pipe.load_calibration().calibration.steps(None) if sampler == CALIBRATED else TEXT_STEPS
+    return pipe.load_calibration().calibration.steps(None) if sampler == CALIBRATED else DEFAULT_STEPS
 
 
 def _text_to_image(pipe: TextToImage, options: argparse.Namespace, latents: torch.Tensor | None) -> list[Image.Image]:
-    if options.class_labels is not None:
-        raise PlanError(f"--class-labels is for class-conditional models; {options.model} takes --prompt")
-    if not options.prompt:
-        raise PlanError("--prompt is missing: what is the picture to show?")
+    _check_prompt(options)
     for i, file in enumerate(options.lora):
         pipe.load_lora_weights(file, f"{i}")
     pictures = {
@@ -183,6 +186,13 @@ def _text_to_image(pipe: TextToImage, options: argparse.Namespace, latents: torc
             callback_on_step_end=lambda *_: bar.update(),
         ).images  # fmt: skip
     return images
+
+
+def _check_prompt(options: argparse.Namespace) -> None:
+    if options.class_labels is not None:
+        raise PlanError(f"--class-labels is for class-conditional models; {options.model} takes --prompt")
+    if not options.prompt:
+        raise PlanError("--prompt is missing: what is the picture to show?")
 
 
 def read_picture(file: Path) -> Image.Image:

@@ -5,14 +5,22 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from fastdiff.backends import BACKENDS
+from fastdiff.backends.eager import ops_for
 from fastdiff.cli.common import show
 from fastdiff.cli.generate import DTYPES
 from fastdiff.errors import BackendError, PlanError
+from fastdiff.models.autoencoder_files import load_autoencoder
+from fastdiff.models.tiny_autoencoder import AutoencoderTiny
 from fastdiff.pipeline import Pipeline, resolve
 from fastdiff.text_to_image import TextToImage
+
+if TYPE_CHECKING:  # the extra may be missing
+    from fastdiff.serve import Served
 
 EXAMPLE = """\
 Try it:
@@ -47,6 +55,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
     for name, (metavar, text) in NUMBERS.items():
         add("--" + name.replace("_", "-"), type=float if metavar == "SECONDS" else int, metavar=metavar, help=text)
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"], help="JSON lines on stderr")
+    add("--size", type=_size, nargs="+", metavar="WIDTHxHEIGHT",
+        help="what text-to-image models may be asked for, the default first (default: the model's own)")  # fmt: skip
+    add("--preview-decoder", type=Path, metavar="FOLDER",
+        help="tiny autoencoder for previews of text-to-image models (default: the model's own)")  # fmt: skip
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--dtype", default="float32", choices=sorted(DTYPES))
     add("--backend", default="auto", choices=sorted(BACKENDS))
@@ -72,18 +84,47 @@ def serve(options: argparse.Namespace) -> int:
         options.model, device=options.device, dtype=DTYPES[options.dtype], backend=options.backend,
         artifact=options.artifact,
     )  # fmt: skip
-    if isinstance(pipe, TextToImage):
-        raise PlanError(f"{options.model} is a text-to-image model; serve does not take those yet")
-    name = options.name or resolve(options.model).resolve().name
+    served = _served(pipe, options)
 
     def ready(url: str) -> None:
-        show(options, {"url": url, "model": name}, f"{name} is served at {url} (Ctrl-C ends it)")
+        show(options, {"url": url, "model": served.name}, f"{served.name} is served at {url} (Ctrl-C ends it)")
 
     try:
-        run(pipe, name, settings, options.log_level, ready)
+        run(served, settings, options.log_level, ready)
     except KeyboardInterrupt:  # raised once more when all requests were finished
         pass
     return 0
+
+
+def _served(pipe: Pipeline | TextToImage, options: argparse.Namespace) -> Served:
+    """What the server is told of a model."""
+    from fastdiff.serve import ClassConditional, TextConditional
+
+    name = options.name or resolve(options.model).resolve().name
+    if isinstance(pipe, TextToImage):
+        return TextConditional(pipe, name, options.size or (), _preview_decoder(options))
+    for option in ("size", "preview_decoder"):
+        if getattr(options, option):
+            raise PlanError(f"--{option.replace('_', '-')} is for text-to-image models; {options.model} is not one")
+    return ClassConditional(pipe, name)
+
+
+def _preview_decoder(options: argparse.Namespace) -> AutoencoderTiny | None:
+    if options.preview_decoder is None:
+        return None
+    device = torch.device(options.device)
+    found = load_autoencoder(options.preview_decoder, DTYPES[options.dtype], ops_for(device))
+    if not isinstance(found, AutoencoderTiny):
+        raise PlanError(f"--preview-decoder is {options.preview_decoder}; allowed: a tiny autoencoder")
+    return found.to(device)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """``WIDTHxHEIGHT`` as height and width."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} given; allowed: WIDTHxHEIGHT, such as 512x512")
+    return int(height), int(width)
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:

@@ -117,14 +117,14 @@ class Engine:
             PlanError: on options that do not fit one another.
             ShapeError: on labels, seeds, latents or sizes that do not fit the model or were not planned for.
         """
-        self._admissible()
+        self.admissible()
         asked: Any = class_label if prompt is None else prompt
         ready = self.pipeline.ready(asked, history=self.max_history, **options)
         deadline = None if timeout is None else time.monotonic() + timeout
         ticket = Ticket(priority, deadline, previews, self._notice)
         image = self._image(ready, ticket)
         with self._wake:
-            self._admissible()
+            self.admissible()
             self._waiting.push(shape_of(image), image)
             self._wake.notify_all()
         return ticket
@@ -201,7 +201,13 @@ class Engine:
 
     # --- admission --------------------------------------------------------------------------------------------------
 
-    def _admissible(self) -> None:
+    def admissible(self) -> None:
+        """Is there a place in the queue? For those who have work to do before they ask.
+
+        Raises:
+            EngineBusy: if the queue is full.
+            EngineClosed: after ``close``.
+        """
         with self._wake:
             if not self._open:
                 raise EngineClosed("the engine is closed")

@@ -83,17 +83,26 @@ class TextEncoder:
         Raises:
             PlanError: if ``skip`` leaves no layer.
         """
-        length = self.tokenizer.model_max_length
-        kwargs = {"max_length": length, "truncation": True, "return_tensors": "pt"}
-        ids = self.tokenizer(list(prompts), padding="max_length", **kwargs).input_ids
-        whole = self.tokenizer(list(prompts)).input_ids
-        for prompt, needed in zip(prompts, whole, strict=True):
-            if len(needed) > length:
-                _log.warning("prompt cut to %d tokens: %.60s...", length, prompt)
         layers = self.model.config.num_hidden_layers
         if skip is not None and not 0 <= skip < layers:
             raise PlanError(f"clip_skip is {skip!r}; allowed: 0 to {layers - 1}")
-        output = self.model(ids.to(self.model.device), output_hidden_states=penultimate or bool(skip))
+        ids = self.tokens(prompts)
+        for needed in map(len, self.tokenizer(list(prompts), verbose=False).input_ids):
+            if needed > ids.shape[1]:  # prompts are private: the log is told nothing of what they say
+                _log.warning("a prompt of %d tokens was cut to %d", needed, ids.shape[1])
+        return self.of_tokens(ids.to(self.model.device), skip, penultimate)
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts as numbers ``[B, L]`` int64, cut and filled up to the encoder's length ``L``."""
+        length = self.tokenizer.model_max_length
+        kwargs = {"max_length": length, "truncation": True, "return_tensors": "pt"}
+        ids: Tensor = self.tokenizer(list(prompts), padding="max_length", **kwargs).input_ids
+        return ids
+
+    @torch.no_grad()
+    def of_tokens(self, ids: Tensor, skip: int | None = None, penultimate: bool = False) -> Encoded:
+        """Encode prompts ``[B, L]`` int64 that are tokens already; for the rest see a call."""
+        output = self.model(ids, output_hidden_states=penultimate or bool(skip))
         pooled = output[0] if output[0].dim() == 2 else None
         if penultimate:
             return Encoded(output.hidden_states[-((skip or 0) + 2)], pooled)
@@ -141,17 +150,6 @@ def encode(
     parts = [encoder(texts, skip, penultimate) for encoder, texts in zip(encoders, prompts, strict=True)]
     pooled = [part.pooled for part in parts if part.pooled is not None]
     return Encoded(torch.cat([part.tokens for part in parts], dim=-1), pooled[-1] if pooled else None)
-
-
-def strength_embedding(scale: Tensor, dim: int) -> Tensor:
-    """The guidance strength as an input of the network: ``scale [B]`` -> ``[B, dim]``.
-
-    Source: Meng et al. 2022, arXiv:2210.03142; frequencies as in diffusers' ``get_guidance_scale_embedding``.
-    """
-    half = dim // 2
-    steps = torch.arange(half, dtype=torch.float32, device=scale.device)
-    angles = 1000.0 * scale.float()[:, None] * torch.exp(-steps * (torch.log(torch.tensor(10000.0)) / (half - 1)))[None]
-    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
 
 
 @contextmanager

@@ -225,3 +225,14 @@ def projected(difference: Tensor, strong: Tensor, norm: Tensor, parallel: Tensor
     # an estimate of exactly zero has no direction, and nothing is parallel to it
     along = along / strong.square().sum(PIXELS, keepdim=True).clamp_min(torch.finfo(strong.dtype).tiny)
     return cut - (1 - parallel) * along * strong
+
+
+def strength_embedding(scale: Tensor, dim: int) -> Tensor:
+    """The guidance strength as an input of the network: ``scale [B]`` -> ``[B, dim]``.
+
+    Source: Meng et al. 2022, arXiv:2210.03142; frequencies as in diffusers' ``get_guidance_scale_embedding``.
+    """
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=scale.device)
+    angles = 1000.0 * scale.float()[:, None] * torch.exp(-steps * (torch.log(torch.tensor(10000.0)) / (half - 1)))[None]
+    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))

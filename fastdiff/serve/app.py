@@ -83,7 +83,7 @@ def create_app(
     app.add_middleware(Watch, metrics=metrics)  # the outer one
     for kind in (FastdiffError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer)
-    _add_images(app, Studio(AsyncEngine(engine), metrics), served, settings)
+    _add_images(app, Studio(AsyncEngine(engine), metrics, served), settings)
     _add_models(app, engine, served, settings)
     _add_operations(app, engine, metrics)
     add_page(app)
@@ -98,8 +98,8 @@ async def _answer(request: Request, error: Exception) -> Response:
     return told.response()
 
 
-def _add_images(app: FastAPI, studio: Studio, served: Served, settings: Settings) -> None:
-    Body = limited(settings, served.samplers)
+def _add_images(app: FastAPI, studio: Studio, settings: Settings) -> None:
+    Body = limited(settings, studio.served.samplers)
 
     @app.post(
         "/v1/images/generations", response_model=ImagesResponse, response_model_exclude_none=True, responses=PROBLEMS
@@ -107,7 +107,7 @@ def _add_images(app: FastAPI, studio: Studio, served: Served, settings: Settings
     async def generate(body: Body, request: Request) -> Any:  # type: ignore[valid-type]
         """Draw images. With ``stream`` the answer is a stream of server-sent events."""
         asked: ImageRequest = body
-        job = await _begin(asked, request, studio.engine, served, settings)
+        job = await _begin(asked, request, studio, settings)
         if asked.stream:
             return EventStream(studio, job)
         try:
@@ -128,16 +128,16 @@ def _whole(job: Job, made: list[str], as_url: bool) -> JSONResponse:
     return JSONResponse(whole.model_dump(exclude_none=True))
 
 
-async def _begin(asked: ImageRequest, request: Request, engine: AsyncEngine, served: Served, settings: Settings) -> Job:
+async def _begin(asked: ImageRequest, request: Request, studio: Studio, settings: Settings) -> Job:
     """Check a request and ask the engine for its images."""
-    check(asked, served, settings)
-    order, count = served.order(asked), asked.n or 1
+    check(asked, studio.served, settings)
+    order, count = await studio.order(asked), asked.n or 1
     first = secrets.randbelow(2**32 - count) if asked.seed is None else asked.seed
     seeds = [first + i for i in range(count)]
     note(request.scope, images=count, size=order.size, seed=first, steps=asked.num_inference_steps,
          sampler=asked.sampler, stream=bool(asked.stream))  # fmt: skip
     tickets = await submit(
-        engine, seeds, **order.options, timeout=settings.timeout,
+        studio.engine, seeds, **order.options, timeout=settings.timeout,
         previews=(asked.partial_images + 1) if asked.partial_images else 0,
     )  # fmt: skip
     return Job(tickets, seeds, order.size, asked.output_format or "png", asked.output_compression)

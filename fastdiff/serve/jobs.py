@@ -9,18 +9,21 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple, TypeVar
 
+from PIL import Image
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
 from fastdiff.engine import AsyncEngine, Preview, Ticket
-from fastdiff.errors import Cancelled
+from fastdiff.engine.bucket import short_of_memory
+from fastdiff.errors import Cancelled, OutOfMemory
 from fastdiff.serve.asgi import log, note
 from fastdiff.serve.encode import encode
 from fastdiff.serve.errors import GONE, failure
 from fastdiff.serve.metrics import Metrics
-from fastdiff.serve.schema import NO_TOKENS, Encoding
+from fastdiff.serve.models import Served
+from fastdiff.serve.schema import NO_TOKENS, Encoding, ImageRequest, Order
 
 Result = TypeVar("Result")
 HEARTBEAT = 15.0  # seconds without an event after which proxies are told that the stream lives
@@ -85,17 +88,38 @@ async def _gone(request: Request) -> None:
 class Studio:
     """Turns what an engine makes into what clients read."""
 
-    def __init__(self, engine: AsyncEngine, metrics: Metrics):
-        self.engine, self.metrics = engine, metrics
+    def __init__(self, engine: AsyncEngine, metrics: Metrics, served: Served):
+        self.engine, self.metrics, self.served = engine, metrics, served
+        # encoders and decoders use all cores by themselves, and the memory of several decoders nobody has planned for
+        self._encoder, self._decoder = asyncio.Semaphore(1), asyncio.Semaphore(1)
 
-    async def picture(self, x: Tensor, job: Job) -> str:
-        """An image in base64; made in a thread, since compressing takes a while."""
-        return await asyncio.to_thread(self._picture, x, job)
+    async def order(self, asked: ImageRequest) -> Order:
+        """What to ask the engine for, see ``Served.order``.
 
-    def _picture(self, x: Tensor, job: Job) -> str:
-        with self.metrics.decode.time():
-            (image,) = self.engine.engine.images(x, "pil")
-            return encode(image, job.encoding, job.quality)
+        Raises:
+            EngineBusy: before anything is done, if the queue is full.
+        """
+        self.engine.engine.admissible()
+        async with self._encoder:
+            with self.metrics.encode.time():
+                return await asyncio.to_thread(self.served.order, asked)
+
+    async def picture(self, x: Tensor, job: Job, preview: bool = False) -> str:
+        """An image in base64; made in threads, since decoding and compressing take a while."""
+        begin = time.perf_counter()
+        async with self._decoder:
+            image = await asyncio.to_thread(self._decoded, x, preview)
+        text = await asyncio.to_thread(encode, image, job.encoding, job.quality)
+        self.metrics.decode.observe(time.perf_counter() - begin)
+        return text
+
+    def _decoded(self, x: Tensor, preview: bool) -> Image.Image:
+        try:
+            return self.served.picture(x, preview)
+        except Exception as error:
+            if short_of_memory(error):
+                raise OutOfMemory("not enough memory to decode the image") from error
+            raise
 
     async def pictures(self, job: Job) -> list[str]:
         """All images of a job.
@@ -123,7 +147,7 @@ class Studio:
         x = job.tickets[i].result(0) if preview is None else preview.x
         event: dict[str, Any] = {
             "type": f"image_generation.{kind}",
-            "b64_json": await self.picture(x, job),
+            "b64_json": await self.picture(x, job, preview is not None),
             "created_at": int(time.time()),
             "background": "opaque",
             "output_format": job.encoding,

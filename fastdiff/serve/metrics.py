@@ -21,6 +21,8 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self.queue = Histogram("fastdiff_queue_seconds", "From request to first place, of each image",
                                buckets=_WIDE, registry=registry)  # fmt: skip
+        self.encode = Histogram("fastdiff_encode_seconds", "From a checked request to what the engine is asked for",
+                                buckets=_FINE, registry=registry)  # fmt: skip
         self.step = Histogram("fastdiff_step_seconds", "One evaluation of the network for a batch",
                               buckets=_FINE, registry=registry)  # fmt: skip
         self.decode = Histogram("fastdiff_decode_seconds", "From the end of the loop to the bytes of a picture",

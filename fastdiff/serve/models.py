@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
+
+from PIL import Image
+from torch import Tensor
 
 from fastdiff.calibration.file import CALIBRATED
 from fastdiff.calibration.file import NAME as CALIBRATION
@@ -11,8 +15,15 @@ from fastdiff.pipeline import Pipeline
 from fastdiff.sampling import SOLVERS
 from fastdiff.serve.errors import Refused
 from fastdiff.serve.schema import ImageRequest, Order
+from fastdiff.text_to_image import TextToImage
 
 NOT_FROM_NOISE = ("ddim_inversion",)
+
+
+def samplers(folder: Path | None) -> tuple[str, ...]:
+    """The samplers that a model of this folder may be asked for."""
+    calibrated = (CALIBRATED,) if folder is not None and (folder / CALIBRATION).is_file() else ()
+    return (*(sampler for sampler in SOLVERS if sampler not in NOT_FROM_NOISE), *calibrated)
 
 
 class Served(Protocol):
@@ -20,16 +31,30 @@ class Served(Protocol):
 
     name: str
     samplers: tuple[str, ...]
+    sizes: tuple[tuple[int, int], ...]  # heights and widths that the engine has to plan for; none: the model's own
+
+    @property
+    def pipeline(self) -> Pipeline | TextToImage:
+        """What the engine runs."""
 
     def order(self, request: ImageRequest) -> Order:
-        """What to ask the engine for.
+        """What to ask the engine for. Called in a worker thread, one request at a time: it may take a while.
 
         Raises:
             Refused: naming the first field that does not fit the model.
         """
 
     def facts(self) -> dict[str, Any]:
-        """What people want to know of the model: ``classes``, ``size``, ``num_inference_steps``, ``sampler``."""
+        """What people want to know of the model, see ``schema.ModelCard``."""
+
+    def picture(self, x: Tensor, preview: bool = False) -> Image.Image:
+        """What the loop ends with ``[1, C, H, W]``, or a preview, as a picture.
+
+        Called in a worker thread, one image at a time.
+
+        Raises:
+            NotFinite: if there is none in it.
+        """
 
 
 class ClassConditional:
@@ -44,10 +69,8 @@ class ClassConditional:
     """
 
     def __init__(self, pipeline: Pipeline, name: str):
-        self.pipeline, self.name = pipeline, name
-        folder = pipeline.model.folder
-        calibrated = (CALIBRATED,) if folder is not None and (folder / CALIBRATION).is_file() else ()
-        self.samplers = (*(sampler for sampler in SOLVERS if sampler not in NOT_FROM_NOISE), *calibrated)
+        self.pipeline, self.name, self.samplers = pipeline, name, samplers(pipeline.model.folder)
+        self.sizes: tuple[tuple[int, int], ...] = ()
         side = pipeline.model.network.config.sample_size
         if side is None:
             raise BackendError("config.json of this model has no sample_size, so it says not how large its images are")
@@ -77,6 +100,12 @@ class ClassConditional:
         return {
             "classes": list(self.pipeline.model.info.classes),
             "size": self._size,
+            "sizes": [self._size],
             "num_inference_steps": steps,
             "sampler": str(sampler) if isinstance(sampler, str) else "the model's own",
         }
+
+    def picture(self, x: Tensor, preview: bool = False) -> Image.Image:
+        """See ``Served.picture``."""
+        pictures: list[Image.Image] = self.pipeline.finish(x, "pil")
+        return pictures[0]

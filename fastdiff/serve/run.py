@@ -11,36 +11,42 @@ from collections.abc import Callable
 import uvicorn
 
 from fastdiff.engine import Engine
-from fastdiff.pipeline import Pipeline
+from fastdiff.errors import PlanError
 from fastdiff.serve.app import create_app
 from fastdiff.serve.logs import log_config
 from fastdiff.serve.metrics import Metrics
-from fastdiff.serve.models import ClassConditional
+from fastdiff.serve.models import Served
 from fastdiff.serve.settings import Settings
 
 log = logging.getLogger("fastdiff.serve")
 
 
-def run(pipeline: Pipeline, name: str, settings: Settings, level: str, ready: Callable[[str], None]) -> None:
+def run(served: Served, settings: Settings, level: str, ready: Callable[[str], None]) -> None:
     """Serve a model until SIGINT or SIGTERM; requests in flight are finished first.
 
     Args:
-        pipeline: the model.
-        name: what clients call it.
+        served: the model.
         settings: how to listen, and limits.
         level: of the log.
         ready: called with the server's URL once it listens.
 
     Raises:
         BackendError: if the model cannot be served.
+        PlanError: if it is to draw more pixels than the settings allow.
         OSError: if the address cannot be had.
     """
+    for height, width in served.sizes:
+        if height * width > settings.max_pixels:
+            raise PlanError(f"size is {width}x{height}; allowed: up to {settings.max_pixels} pixels (--max-pixels)")
     config = log_config(level)
     logging.config.dictConfig(config)
     with listen(settings) as listening:
         metrics = Metrics()
-        engine = Engine(pipeline, max_batch=settings.max_batch, max_queue=settings.max_queue, watch=metrics.turn)
-        app = create_app(engine, ClassConditional(pipeline, name), settings, metrics)
+        engine = Engine(
+            served.pipeline, max_batch=settings.max_batch, max_queue=settings.max_queue, sizes=served.sizes,
+            watch=metrics.turn,
+        )  # fmt: skip
+        app = create_app(engine, served, settings, metrics)
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -56,7 +62,7 @@ def run(pipeline: Pipeline, name: str, settings: Settings, level: str, ready: Ca
         if settings.api_key is None and not loopback(settings.host):
             log.warning("everybody who can reach %s may use this server: it has no API key", settings.host)
         url = url_of(listening)
-        log.info("ready", extra={"facts": {"url": url, "model": name, "batching": engine.promises()}})
+        log.info("ready", extra={"facts": {"url": url, "model": served.name, "batching": engine.promises()}})
         ready(url)
         handled = signal.signal(signal.SIGTERM, _end)  # uvicorn raises it once more when it is done
         try:

@@ -99,7 +99,9 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str = "fastdiff"
     classes: list[str]
+    prompts: bool = False  # does it draw what a prompt says?
     size: str
+    sizes: list[str]
     num_inference_steps: int
     sampler: str
     samplers: list[str]

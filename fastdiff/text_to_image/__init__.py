@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from fastdiff.text_to_image.loading import load_folder, load_single_file
-from fastdiff.text_to_image.pipeline import Parts, TextToImage
+from fastdiff.text_to_image.pipeline import DEFAULT_STEPS, Parts, TextToImage
 
-__all__ = ["Parts", "TextToImage", "load_folder", "load_single_file"]
+__all__ = ["DEFAULT_STEPS", "Parts", "TextToImage", "load_folder", "load_single_file"]

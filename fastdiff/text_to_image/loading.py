@@ -65,14 +65,9 @@ def load_folder(
         BackendError: if transformers is not installed, or the device is not there.
     """
     root = Path(folder)
-    index = read_json(inside(root, INDEX))
-    name = index.get("_class_name")
-    if name not in TEXT_TO_IMAGE:
-        raise ArtifactError(f"{root / INDEX}: _class_name is {shown(name)}; supported: {', '.join(TEXT_TO_IMAGE)}")
-    if index.get("requires_aesthetics_score"):
-        raise ArtifactError(f"{root / INDEX}: requires_aesthetics_score is true: SDXL's refiner is not supported")
+    index = read_index(root)
     place, ops = _device(device)
-    home, exported = _part(root, index, "unet"), None
+    home, exported = part_of(root, index, "unet"), None
     if backend in EXPORTED:
         exported = _exported(backend, home, artifact, place, variant)
         with torch.device("meta"):  # its sizes alone are asked for
@@ -82,12 +77,8 @@ def load_folder(
         raise ArtifactError(f"an exported file ({artifact}) belongs to backend {owners}, not to {backend!r}")
     else:
         unet = load_unet(home, dtype, ops, variant=variant, allow_pickle=allow_pickle)
-    vae = load_autoencoder(_part(root, index, "vae"), dtype, _wide(ops), variant=variant, allow_pickle=allow_pickle)
-    texts = tuple(
-        TextEncoder.load(_part(root, index, words), _part(root, index, encoder), dtype, variant)
-        for words, encoder in TEXT_PARTS
-        if index.get(encoder, [None])[0] is not None
-    )
+    vae = load_autoencoder(part_of(root, index, "vae"), dtype, _wide(ops), variant=variant, allow_pickle=allow_pickle)
+    texts = load_text_encoders(root, index, dtype, variant)
     nets = [controlnet] if isinstance(controlnet, str | os.PathLike) else list(controlnet)
     if not nets and (root / "controlnet").is_dir():
         nets = [root / "controlnet"]
@@ -95,13 +86,44 @@ def load_folder(
         unet,
         vae,
         texts,
-        from_diffusers_scheduler(_part(root, index, "scheduler")),
+        from_diffusers_scheduler(part_of(root, index, "scheduler")),
         tuple(load_controlnet(net, dtype, ops, variant=variant, allow_pickle=allow_pickle) for net in nets),
         unet.config.addition_embed_type is not None,
         bool(index.get("force_zeros_for_empty_prompt", False)),
         root,
     )
     return _assembled(parts, place, dtype, backend, exported)
+
+
+def read_index(root: Path) -> dict[str, Any]:
+    """What a folder's ``model_index.json`` says.
+
+    Raises:
+        ArtifactError: if the folder is not one of a text-to-image model that is known here.
+    """
+    index = read_json(inside(root, INDEX))
+    name = index.get("_class_name")
+    if name not in TEXT_TO_IMAGE:
+        raise ArtifactError(f"{root / INDEX}: _class_name is {shown(name)}; supported: {', '.join(TEXT_TO_IMAGE)}")
+    if index.get("requires_aesthetics_score"):
+        raise ArtifactError(f"{root / INDEX}: requires_aesthetics_score is true: SDXL's refiner is not supported")
+    return index
+
+
+def load_text_encoders(
+    root: Path, index: Mapping[str, Any], dtype: torch.dtype, variant: str | None = None
+) -> tuple[TextEncoder, ...]:
+    """Load the text encoders that a folder's index names, with their tokenizers.
+
+    Raises:
+        ArtifactError: if one is missing, damaged or foreign.
+        BackendError: if transformers is not installed.
+    """
+    return tuple(
+        TextEncoder.load(part_of(root, index, words), part_of(root, index, encoder), dtype, variant)
+        for words, encoder in TEXT_PARTS
+        if index.get(encoder, [None])[0] is not None
+    )
 
 
 def _exported(backend: str, home: Path, artifact: Source | None, place: torch.device, variant: str | None) -> Any:
@@ -190,7 +212,7 @@ def settle(network: nn.Module, dtype: torch.dtype) -> None:
     network.to(dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def _part(root: Path, index: Mapping[str, Any], name: str) -> Path:
+def part_of(root: Path, index: Mapping[str, Any], name: str) -> Path:
     """The folder of a part, which the index has to name."""
     entry = index.get(name)
     if not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:

@@ -16,23 +16,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.arguments import arguments_of_a_run
+from fastdiff.arguments import Prompt, arguments_of_a_run, listed
 from fastdiff.backends.control import Control, ControlledNetwork
 from fastdiff.backends.eager import ops_for
 from fastdiff.backends.in_memory import network_of, walk_of
 from fastdiff.calibration.file import AUTO, CALIBRATED, Calibrated, load_for
 from fastdiff.errors import PlanError, ShapeError
-from fastdiff.images import OUTPUTS, Output, Picture, grown, to_images, to_tensor
+from fastdiff.images import OUTPUTS, Output, Picture, fitting_size, grown, to_images, to_tensor
 from fastdiff.integrations.schedulers import Sampler
 from fastdiff.models.autoencoder import AutoencoderKL
 from fastdiff.models.controlnet import ControlNet
 from fastdiff.models.lora import LoraSet, read_lora
-from fastdiff.models.text import Encoded, TextEncoder, encode, strength_embedding
+from fastdiff.models.text import Encoded, TextEncoder, encode
 from fastdiff.models.tiny_autoencoder import AutoencoderTiny
 from fastdiff.models.unet import UNet
 from fastdiff.models.weights import weights_hash
 from fastdiff.sampling.denoiser import Cond
 from fastdiff.sampling.embedded import choose_steps
+from fastdiff.sampling.guidance import strength_embedding
 from fastdiff.sampling.loop import State
 from fastdiff.sampling.parts import Generators
 from fastdiff.sampling.path import Path
@@ -41,8 +42,12 @@ from fastdiff.sampling.run import Planner, Ready, ready, sample
 from fastdiff.sampling.solvers import Solver
 from fastdiff.text_to_image.start import Draws, start
 
-Prompt = str | Sequence[str]
-MAX_PIXELS = 2**26
+DEFAULT_STEPS = 50
+
+
+def usual_strength(xl: bool) -> float:
+    """The strength of guidance of a call that names none."""
+    return 5.0 if xl else 7.5
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class TextToImage:
     @property
     def guidance_scale(self) -> float:
         """The strength of guidance unless a call names another: diffusers' defaults."""
-        return 5.0 if self.parts.xl else 7.5
+        return usual_strength(self.parts.xl)
 
     # --- calibration ------------------------------------------------------------------------------------------------
 
@@ -218,7 +223,7 @@ class TextToImage:
         height: int | None = None,
         width: int | None = None,
         strength: float | None = None,
-        num_inference_steps: int | str = 50,
+        num_inference_steps: int | str = DEFAULT_STEPS,
         tolerance: float | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
@@ -359,7 +364,7 @@ class TextToImage:
                 asked.clip_skip,
             )
         batch = len(text.tokens) * asked.num_images_per_prompt
-        size = self._size(asked.height, asked.width, asked.image)
+        size = self.size(asked.height, asked.width, asked.image)
         ids = self._ids(asked.original_size or size, asked.crops_coords_top_left, asked.target_size or size)
         negative_ids = ids
         if asked.negative_original_size is not None and asked.negative_target_size is not None:
@@ -447,19 +452,17 @@ class TextToImage:
             )
         return found
 
-    def _size(self, height: int | None, width: int | None, image: Any) -> tuple[int, int]:
-        """Height and width of the result."""
+    def size(self, height: int | None, width: int | None, image: Any = None) -> tuple[int, int]:
+        """Height and width of the result, where some may be left out; see a call.
+
+        Raises:
+            ShapeError: if the model cannot draw them.
+        """
         factor = self.parts.vae.shrink
         if image is not None and height is None and width is None:
             return tuple(to_tensor("image", image, None, factor).shape[2:])  # type: ignore[return-value]
         own = (self.parts.unet.config.sample_size or 64) * factor
-        found = (own if height is None else height, own if width is None else width)
-        for name, value in zip(("height", "width"), found, strict=True):
-            if isinstance(value, bool) or not isinstance(value, int) or value < factor or value % factor:
-                raise ShapeError(f"{name} is {value!r}; allowed: multiples of {factor}")
-        if found[0] * found[1] > MAX_PIXELS:
-            raise ShapeError(f"height and width are {found}; allowed: at most {MAX_PIXELS} pixels")
-        return found
+        return fitting_size((height, width), (own, own), factor)
 
     def _strength(self, strength: float | None, image: Any, mask_image: Any) -> float:
         """Diffusers' defaults."""
@@ -497,15 +500,3 @@ class TextToImage:
             seen = grown(to_tensor("control_image", picture, size, self.parts.vae.shrink), batch, "control_image")
             controls.append(Control(net, seen, float(strength), first, last))
         return ControlledNetwork(self.network, controls)
-
-
-def listed(prompt: Prompt) -> list[str]:
-    """One prompt or several, as a list.
-
-    Raises:
-        PlanError: if it is neither a text nor a list of texts.
-    """
-    found = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not found or not all(isinstance(text, str) for text in found):
-        raise PlanError(f"prompt is {prompt!r}; allowed: a text, or a list of texts")
-    return found
