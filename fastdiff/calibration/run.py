@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdiff.calibration import classical, teacher
 from fastdiff.calibration.file import Calibration, Fitted, described, name_of
-from fastdiff.calibration.fit import Features, Goal, fit
+from fastdiff.calibration.fit import Features, Goal, Progress, fit
 from fastdiff.calibration.parameters import Parameters
 from fastdiff.calibration.walking import Begin, Family
 from fastdiff.errors import ArtifactError, PlanError
@@ -25,6 +25,7 @@ from fastdiff.sampling.run import Ready, ready
 
 HELD_OUT = 2**40  # first seed of the noise that judges, far from the seeds that are fitted
 ALL = 10**6  # labels
+STARTS, TRIALS = 3, 3  # classical samplers that a fit may begin at, and steps of each trial
 RANKED = 32  # images that choose among the classical samplers
 ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-4}  # nudges well above what rounding hides; others: 0.03
 
@@ -233,18 +234,33 @@ class _Worker:
         self._say(0.0, f"{calls} steps: classical samplers")
         few = max(1, RANKED // size)
         ranked = classical.ranked(self.family, calls, self.way[:few], self.goal.begins[:few])
-        known = min((self.goal.error(one.walk), i) for i, (_, one) in enumerate(ranked[:3]))
+        known = min((self.goal.error(one.walk), i) for i, (_, one) in enumerate(ranked[:STARTS]))
         best = ranked[known[1]][1]
-        start = Parameters.of(self.family.path, best.solver, best.walk)
-        share = max(1, work.share // size)
         walk = best.walk
-        steps = fit(self.goal, start, iterations=work.iterations, share=share, nudge=self.nudge, seed=work.seed + calls)
-        for progress in steps:
+        options = {"share": max(1, work.share // size), "nudge": self.nudge, "seed": work.seed + calls}
+        start = self._start(ranked, calls, **options)
+        for progress in fit(self.goal, start, iterations=work.iterations, **options):
             walk = progress.parameters.walk()
-            self._say(progress.step / work.iterations, f"{calls} steps: error {progress.error:.4g}")
+            self._say((progress.step + 1) / (work.iterations + 1), f"{calls} steps: error {progress.error:.4g}")
         theirs, ours = self.judge.error(best.walk), self.judge.error(walk)
         self._done += 1
         self._say(0.0, f"{calls} steps: {ours:.4g}, {best.name} {theirs:.4g}")
         kept = ours < theirs
         chosen = walk if kept else best.walk
         return Fitted(chosen.times, chosen.weights, min(ours, theirs), best.name, theirs, kept, ours)
+
+    def _start(self, ranked: list[tuple[float, classical.Candidate]], calls: int, **options: int | float) -> Parameters:
+        """Where to begin: a fit ends in the valley it starts in, so several solvers' valleys are tried on a part."""
+        solvers: dict[str, classical.Candidate] = {}
+        for _, one in ranked:
+            if len(one.walk.weights) == calls:  # a walk of fewer calls has fewer weights
+                solvers.setdefault(one.name.split(" on ")[0], one)
+        part = max(1, len(self.goal.begins) // 4)
+        goal = self.goal._replace(begins=self.goal.begins[:part], truths=self.goal.truths[:part])
+        found = []
+        for one in list(solvers.values())[:STARTS]:
+            start = Parameters.of(self.family.path, one.solver, one.walk)
+            steps = [Progress(start, goal.error(one.walk), 0.0, 0), *fit(goal, start, iterations=TRIALS, **options)]
+            found.append(steps[-1])
+            self._say(0.0, f"{calls} steps: from {one.name} {steps[-1].error:.4g}")
+        return min(found, key=lambda progress: progress.error).parameters
