@@ -116,10 +116,20 @@ class UNetNetwork:
     Args:
         unet: on its device.
         trunk: what to call for the trunk; ``unet.trunk``, or a compiled form of it.
+        parted: likewise for ``unet.parted``.
+        shallow: likewise for ``unet.shallow``.
     """
 
-    def __init__(self, unet: UNet, trunk: Callable[..., Tensor] | None = None):
+    def __init__(
+        self,
+        unet: UNet,
+        trunk: Callable[..., Tensor] | None = None,
+        parted: Callable[..., tuple[Tensor, Tensor]] | None = None,
+        shallow: Callable[..., Tensor] | None = None,
+    ):
         self.unet, self.trunk = unet, trunk or unet.trunk
+        self._parted, self._shallow = parted or unet.parted, shallow or unet.shallow
+        self.branches = len(unet.skips)
         self.dtype = unet.conv_in.weight.dtype
 
     def prepare(self, cond: Cond, times: Tensor) -> Prepared:
@@ -130,6 +140,15 @@ class UNetNetwork:
         """See ``Network.__call__``; ``control``: of ``UNet.trunk``."""
         x = self.joined(x, prepared)
         return self.trunk(x, *prepared.at(row_index), control).float()
+
+    def parted(self, x: Tensor, row_index: Tensor, prepared: Prepared, branch: int) -> tuple[Tensor, Tensor]:
+        """See ``Caching.parted``."""
+        out, deep = self._parted(self.joined(x, prepared), *prepared.at(row_index), branch)
+        return out.float(), deep
+
+    def shallow(self, x: Tensor, row_index: Tensor, prepared: Prepared, branch: int, deep: Tensor) -> Tensor:
+        """See ``Caching.shallow``."""
+        return self._shallow(self.joined(x, prepared), *prepared.at(row_index), branch, deep).float()
 
     def gather(self, places: Sequence[Place]) -> Prepared:
         """See ``Gathering.gather``."""
@@ -180,4 +199,4 @@ def load_compiled(model: Model, spec: Spec) -> UNetNetwork:
         raise BackendError("backend 'compile' needs a C++ compiler (g++ or clang++) on the CPU; none was found")
     unet = place(model, spec)
     unet.ops = REFERENCE  # the compiler fuses plain torch itself
-    return UNetNetwork(unet, torch.compile(unet.trunk, dynamic=False))
+    return UNetNetwork(unet, *(torch.compile(part, dynamic=False) for part in (unet.trunk, unet.parted, unet.shallow)))

@@ -70,6 +70,20 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--grid", help=f"where to put the steps: one of {', '.join(GRIDS)}")
     add("--eta", type=float, help="share of fresh noise of ddim and dpmpp_sde, 0 to 1")
     add("--gamma", type=float, help="share of fresh noise of flow_map, 0 to 1")
+    add(
+        "--cache-interval",
+        type=int,
+        default=1,
+        metavar="N",
+        help="step caching, lossy: run the whole network at every N-th evaluation only (default: 1)",
+    )
+    add(
+        "--cache-branch-id",
+        type=int,
+        default=0,
+        metavar="I",
+        help="skip connection above which the network runs at the others (default: 0, the shallowest)",
+    )
     add("--seed", type=int, default=0, help="image i gets seed + i (default: 0)")
     add("--latents", type=Path, help=".npy file with the starting noise, [B, C, H, W]")
     add("--device", default="cpu", choices=["cpu", "cuda"])
@@ -113,6 +127,7 @@ def generate(options: argparse.Namespace) -> int:
             sampler=options.sampler, guidance_scale=options.guidance_scale, guidance=options.guidance,
             guidance_rescale=options.guidance_rescale, guidance_interval=options.guidance_interval, clip=options.clip,
             grid=options.grid, eta=options.eta, gamma=options.gamma, seed=options.seed, latents=latents,
+            cache_interval=options.cache_interval, cache_branch_id=options.cache_branch_id,
             callback_on_step_end=lambda *_: bar.update(),
         ).images  # fmt: skip
     seconds = time.perf_counter() - start
@@ -122,6 +137,8 @@ def generate(options: argparse.Namespace) -> int:
 
 
 def _from_built(options: argparse.Namespace) -> int:
+    if (options.cache_interval, options.cache_branch_id) != (1, 0):
+        raise PlanError(f"--cache-interval and --cache-branch-id are for models; {options.model} was built")
     for name in (*TEXT_ONLY, *MODEL_ONLY):
         if getattr(options, name):
             raise PlanError(f"--{name.replace('_', '-')} is for models; {options.model} was built: choose a --preset")
@@ -155,6 +172,7 @@ def _text_to_image(pipe: TextToImage, options: argparse.Namespace, latents: torc
             strength=options.strength, num_inference_steps=options.steps or TEXT_STEPS, sampler=options.sampler,
             guidance_scale=options.guidance_scale, guidance_rescale=options.guidance_rescale, eta=options.eta,
             num_images_per_prompt=options.num_images_per_prompt, seed=options.seed, latents=latents, **pictures,
+            cache_interval=options.cache_interval, cache_branch_id=options.cache_branch_id,
             callback_on_step_end=lambda *_: bar.update(),
         ).images  # fmt: skip
     return images

@@ -196,6 +196,8 @@ class TextToImage:
         control_guidance_start: float | Sequence[float] = 0.0,
         control_guidance_end: float | Sequence[float] = 1.0,
         sampler: Sampler | str | Solver | None = None,
+        cache_interval: int = 1,
+        cache_branch_id: int = 0,
         callback_on_step_end: Callable[[TextToImage, int, float, dict[str, Tensor]], Any] | None = None,
     ) -> Output:
         """Generate pictures.
@@ -238,6 +240,9 @@ class TextToImage:
             control_guidance_end: share of the steps after which it does nothing.
             sampler: what to walk with, in place of the model's scheduler: a name of ``SOLVERS``, a solver, or of
                 ``from_diffusers_scheduler``.
+            cache_interval: step caching, lossy, see docs/GPU.md: run the whole network at every so many evaluations;
+                1 means always.
+            cache_branch_id: the skip connection above which the network runs at the others; 0 is the shallowest.
             callback_on_step_end: called as ``fn(pipe, i, timestep, {"latents": x})`` after every network evaluation.
 
         Raises:
@@ -356,6 +361,8 @@ class TextToImage:
             mask_image=given.mask,
             keep="noise",
             strength=given.strength,
+            cache_interval=asked.cache_interval,
+            cache_branch_id=asked.cache_branch_id,
             device=self.device,
         )
 

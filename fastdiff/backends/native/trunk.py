@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from fastdiff.sampling.denoiser import Cond
 LEAST_BUDGET, SHARE = 256 << 20, 0.2  # bytes of prepared weights that are always allowed; or this share of all weights
 PLANS = 8  # shapes that are kept ready
 MEASURE = "FASTDIFF_MEASURE"  # "0": choose by rule, the same on every machine
+Parts = tuple[int, ...]  # the identities of a layer's parameters
 
 
 class Given(NamedTuple):
@@ -36,6 +37,8 @@ class Given(NamedTuple):
     time_rows: Tensor
     contexts: Sequence[TokenPair] = ()
     control: Sequence[Tensor] = ()
+    branch: int | None = None  # see ``lower.Shape``
+    deep: Tensor | None = None
 
     def first(self) -> Given:
         """Those of the batch's first image."""
@@ -49,16 +52,21 @@ class Given(NamedTuple):
             alike = k.shape == v.shape and k.stride() == v.stride() and k.stride(3) == 1
             contexts.append((k, v) if alike else (k.contiguous(), v.contiguous()))
         x, *control = (t.contiguous(memory_format=torch.channels_last) for t in (self.x, *self.control))
+        deep = None if self.deep is None else self.deep.contiguous(memory_format=torch.channels_last)
         keys = tuple(keys_of(i, k) for i, (k, _) in enumerate(contexts))
-        shape = Shape(tuple(x.shape), tuple(self.time_rows.shape), keys, tuple(tuple(more.shape) for more in control))
-        return Given(x, self.time_rows.contiguous(), contexts, control), shape
+        shape = Shape(
+            tuple(x.shape), tuple(self.time_rows.shape), keys, tuple(tuple(more.shape) for more in control),
+            self.branch, None if deep is None else tuple(deep.shape),
+        )  # fmt: skip
+        return Given(x, self.time_rows.contiguous(), contexts, control, self.branch, deep), shape
 
     def named(self) -> dict[str, Tensor]:
         """By the names of a program's externals."""
         named = {"x": self.x, "rows": self.time_rows}
         for i, (k, v) in enumerate(self.contexts):
             named |= {f"keys{i}": k, f"values{i}": v}
-        return named | {f"control{i}": more for i, more in enumerate(self.control)}
+        named |= {f"control{i}": more for i, more in enumerate(self.control)}
+        return named if self.deep is None else named | {"deep": self.deep}
 
 
 class NativeTrunk:
@@ -78,7 +86,7 @@ class NativeTrunk:
         self.runtime, self.unet, self.never_slower = Runtime(), unet, never_slower
         self._lock = threading.RLock()
         self._plans: OrderedDict[tuple[Shape, int], Plan | None] = OrderedDict()
-        self._choices: dict[tuple[int, ...], list[Choice] | None] = {}
+        self._choices: dict[tuple[int, ...], dict[Parts, Choice] | None] = {}
         self._weights: dict[tuple[int, ...], tuple[Weight, Tensor]] = {}
         self._stamp: Any = None
 
@@ -89,20 +97,35 @@ class NativeTrunk:
         differentiated = torch.is_grad_enabled() and (x.requires_grad or time_rows.requires_grad)
         if differentiated or x.dtype != torch.float32 or x.device.type != "cpu":
             return self.unet.trunk(x, time_rows, contexts, control)
-        given, shape = Given(x, time_rows, contexts, control).laid_out()
+        found = self._found(Given(x, time_rows, contexts, control))
+        return self.unet.trunk(x, time_rows, contexts, control) if found is None else found["out"]
+
+    def parted(self, x: Tensor, time_rows: Tensor, contexts: Sequence[TokenPair], branch: int) -> tuple[Tensor, Tensor]:
+        """See ``UNet.parted``."""
+        found = self._found(Given(x, time_rows, contexts, branch=branch))
+        return self.unet.parted(x, time_rows, contexts, branch) if found is None else (found["out"], found["deep"])
+
+    def shallow(self, x: Tensor, time_rows: Tensor, contexts: Sequence[TokenPair], branch: int, deep: Tensor) -> Tensor:
+        """See ``UNet.shallow``."""
+        found = self._found(Given(x, time_rows, contexts, (), branch, deep))
+        return self.unet.shallow(x, time_rows, contexts, branch, deep) if found is None else found["out"]
+
+    def _found(self, given: Given) -> dict[str, Tensor] | None:
+        """What a plan gives, by name; None where plain torch is faster."""
+        given, shape = given.laid_out()
         with self._lock:
             plan = self._plan(given, shape)
-            if plan is not None:
-                return self._run(plan, given)
-        return self.unet.trunk(x, time_rows, contexts, control)
+            return None if plan is None else self._run(plan, given)
 
-    def _run(self, plan: Plan, given: Given) -> Tensor:
+    def _run(self, plan: Plan, given: Given) -> dict[str, Tensor]:
         batch, _, height, width = given.x.shape
-        size = (batch, self.unet.config.out_channels, height, width)
-        out = torch.empty(size, memory_format=torch.channels_last)
-        plan.bind(given.named() | {"out": out})
+        sizes = {"out": (batch, self.unet.config.out_channels, height, width)}
+        for name, value in plan.program.results.items():
+            sizes[name] = (batch, value.channels, value.height, value.width)
+        found = {name: torch.empty(size, memory_format=torch.channels_last) for name, size in sizes.items()}
+        plan.bind(given.named() | found)
         plan.run()
-        return out
+        return found
 
     def profile(
         self, x: Tensor, time_rows: Tensor, contexts: Sequence[TokenPair] = (), *, rounds: int = 7
@@ -150,13 +173,17 @@ class NativeTrunk:
             if size not in self._choices:
                 self._choices[size] = self._choose(*given.first().laid_out())
             choices = self._choices[size]
-            self._plans[key] = None if choices is None else self._made(program, choices)
+            self._plans[key] = None if choices is None else self._made(program, self._picked(program, choices))
             while len(self._plans) > PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         return self._plans[key]
 
+    def _picked(self, program: Program, choices: Mapping[Parts, Choice]) -> list[Choice]:
+        return [choices[_parts(program.weights[op.weight])] for op in products(program)]
+
     def _made(self, program: Program, choices: Sequence[Choice]) -> Plan:
+        program.hand_out()
         weights = {}
         for op, choice in zip(products(program), choices, strict=True):
             op.algorithm, op.packed = choice
@@ -165,7 +192,7 @@ class NativeTrunk:
 
     def _weight(self, op: Op, weight: Weight, choice: Choice) -> Tensor:
         """A layer's weights as its choice reads them; copies are shared by all plans."""
-        key = (choice.algorithm if choice.packed else -1, *(id(part) for part in weight.parts))
+        key = (choice.algorithm if choice.packed else -1, *_parts(weight))
         if key not in self._weights:
             matrix = weight.matrix()
             made = self.runtime.pack(op, matrix, torch.get_num_threads()) if choice.packed else matrix
@@ -174,12 +201,14 @@ class NativeTrunk:
 
     # --- choices ----------------------------------------------------------------------------------------------------
 
-    def _choose(self, given: Given, shape: Shape) -> list[Choice] | None:
+    def _choose(self, given: Given, shape: Shape) -> dict[Parts, Choice] | None:
         """What each layer runs with at this image size; None where plain torch is faster as a whole."""
         program = lower(self.unet, shape)
         layers = [self._layer(op) for op in products(program)]
+        named = [_parts(program.weights[op.weight]) for op in products(program)]
         if os.environ.get(MEASURE) == "0":
-            return [by_rule(layer, op.H, op.W) for layer, op in zip(layers, products(program), strict=True)]
+            ruled = (by_rule(layer, op.H, op.W) for layer, op in zip(layers, products(program), strict=True))
+            return dict(zip(named, ruled, strict=True))
         file = table_file(cpu_name(), source_hash(), torch.__version__, torch.get_num_threads())
         times = read_times(file)
         new = self._measured(program, layers, times, given)
@@ -192,7 +221,7 @@ class NativeTrunk:
         if new:
             add_times(file, new)
         slower = self.never_slower and times[name]["eager"] < times[name]["native"]
-        return None if slower else choices
+        return None if slower else dict(zip(named, choices, strict=True))
 
     def _layer(self, op: Op) -> Layer:
         sizes = {}
@@ -236,7 +265,7 @@ class NativeTrunk:
             begin = time.perf_counter()
             self._run(plan, given)
             between = time.perf_counter()
-            self.unet.trunk(*given)
+            self.unet.trunk(given.x, given.time_rows, given.contexts, given.control)
             end = time.perf_counter()
             times = {"native": min(times["native"], between - begin), "eager": min(times["eager"], end - between)}
         return times
@@ -246,12 +275,15 @@ class NativeTrunk:
         report = {}
         for (height, width, threads), choices in self._choices.items():
             name = f"{height}x{width}, {threads} threads"
-            shapes = [shape for shape, _ in self._plans if shape.x[2:] == (height, width)]
+            shapes = [shape for shape, _ in self._plans if shape.x[2:] == (height, width) and shape.branch is None]
             if choices is None or not shapes:
                 report[name] = {"all": "plain torch, which was faster" if choices is None else "not in memory now"}
                 continue
-            ops = products(lower(self.unet, shapes[0]))
-            report[name] = {signature(op): choice.name for op, choice in zip(ops, choices, strict=True)}
+            program = lower(self.unet, shapes[0])
+            ops = products(program)
+            report[name] = {
+                signature(op): choice.name for op, choice in zip(ops, self._picked(program, choices), strict=True)
+            }
         return report
 
 
@@ -260,13 +292,18 @@ def products(program: Program) -> list[Op]:
     return [op for op in program.ops if op.kind == CONV]
 
 
+def _parts(weight: Weight) -> Parts:
+    return tuple(id(part) for part in weight.parts)
+
+
 class NativeNetwork(UNetNetwork):
     """A ``UNetNetwork`` whose trunk is a plan; see ``NativeTrunk``."""
 
     trunk: NativeTrunk
 
     def __init__(self, unet: UNet, never_slower: bool = False):
-        super().__init__(unet, NativeTrunk(unet, never_slower))
+        trunk = NativeTrunk(unet, never_slower)
+        super().__init__(unet, trunk, trunk.parted, trunk.shallow)
 
     def prepare(self, cond: Cond, times: Tensor) -> Prepared:
         """See ``Network.prepare``."""
