@@ -150,6 +150,9 @@ class UNetNetwork:
         """See ``Caching.shallow``."""
         return self._shallow(self.joined(x, prepared), *prepared.at(row_index), branch, deep).float()
 
+    def forget(self) -> None:
+        """Drop what was made for the weights as they lie: they are about to move. Nothing here."""
+
     def gather(self, places: Sequence[Place]) -> Prepared:
         """See ``Gathering.gather``."""
         rows = [p.prepared.rows[p.prepared.place[p.place : p.place + 1], p.row] for p in places]
@@ -175,13 +178,24 @@ def _side_by_side(places: Sequence[Place], parts: Sequence[Tensor]) -> Tensor:
 
 def place(model: Model, spec: Spec) -> UNet:
     """The model's UNet where and as it is to run."""
-    if spec.device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError("device is 'cuda', but torch sees no GPU here; allowed: 'cpu'")
+    checked_device(spec.device)
     if spec.artifact is not None:
         raise ArtifactError(f"an exported file ({spec.artifact}) belongs to backend 'onnxruntime', not to torch")
     unet = model.network.to(spec.device, spec.dtype, memory_format=torch.channels_last)
     unet.ops = ops_for(spec.device)
     return unet
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        BackendError: if it is not.
+    """
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError("device is 'cuda', but torch sees no GPU here; allowed: 'cpu'")
+    return place
 
 
 def ops_for(device: torch.device) -> Ops:

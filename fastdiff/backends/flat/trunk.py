@@ -48,9 +48,11 @@ class FlatTrunk:
     def __init__(self, unet: UNet, never_slower: bool = False):
         self.unet, self.never_slower = unet, never_slower
         self._plans: OrderedDict[Shape, FlatPlan] = OrderedDict()
-        self._lock = threading.RLock()
+        # taken in this order, with a graph's own lock between them: capturing makes a plan, choosing captures
+        self._choosing, self._lock = threading.Lock(), threading.Lock()
         self._ways = {PLAN: Captured(self.alone()), EAGER: Captured(self._eager)}
         self._cut = {PLAN: Captured(self.alone(self.plain_cut)), EAGER: Captured(self._eager_cut)}
+        self.graphs = [*self._ways.values(), *self._cut.values()]  # all that read the weights where they lie
         self._chosen: dict[str, str] = {}  # shapes -> a way
         self._places: list[int] = []
         self._versions: list[int | None] = []
@@ -83,7 +85,7 @@ class FlatTrunk:
         if not self.never_slower or given.x.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return PLAN
         told = given.describe()
-        with self._lock:
+        with self._choosing:
             if told not in self._chosen:
                 self._chosen[told] = fastest(self.unet, told, self._ways, given)
                 for way in self._ways.keys() - set(self._chosen.values()):
@@ -171,14 +173,20 @@ class FlatTrunk:
         places = [p.data_ptr() for p in parameters]
         versions = [None if p.is_inference() else p._version for p in parameters]
         with self._lock:
-            if places != self._places:
-                self._plans.clear()
-                for way in (*self._ways.values(), *self._cut.values()):
-                    way.forget()
-            elif always or versions != self._versions or None in versions:
+            moved, changed = places != self._places, versions != self._versions or None in versions
+            if not moved and (always or changed):
                 for plan in self._plans.values():
                     plan.refresh()
             self._places, self._versions = places, versions
+        if moved:
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop plans and graphs: they read the weights where these lie no more, or their memory is wanted."""
+        with self._lock:
+            self._plans.clear()
+        for graph in self.graphs:
+            graph.forget()
 
 
 def _laid_out(x: Tensor, time_rows: Tensor, contexts: Sequence[TokenPair]) -> tuple[Shape, dict[str, Tensor]]:
@@ -203,6 +211,10 @@ class FlatNetwork(UNetNetwork):
         """The same network without a graph of its own, for one that captures more than an evaluation."""
         cut = self.trunk.alone(self.trunk.plain_cut)
         return UNetNetwork(self.unet, self.trunk.alone(), cut, lambda *arguments: cut(*arguments)[0])
+
+    def forget(self) -> None:
+        """See ``UNetNetwork.forget``."""
+        self.trunk.forget()
 
     def prepare(self, cond: Cond, times: Tensor) -> Prepared:
         """See ``Network.prepare``."""
