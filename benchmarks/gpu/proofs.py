@@ -15,6 +15,7 @@ from fastdiff.benchmarks.environment import synchronize
 from fastdiff.benchmarks.gpu.common import DTYPES, Report
 from fastdiff.benchmarks.gpu.loops import pipeline, ready
 from fastdiff.sampling.solvers import SOLVERS
+from fastdiff.sampling.step_cache import planned
 
 STEPS, BATCH, THREADS, TURNS = 4, 2, 2, 20
 TIMES = ((0.98, 0.7, 0.4, 0.1), (0.95, 0.8, 0.45, 0.2))  # equal structure, other numbers
@@ -70,6 +71,16 @@ def captured_is_uncaptured(device: torch.device, dtype: torch.dtype, solver: str
         "largest_difference_after_swap": after["largest_difference"],
         "swap_mattered": not torch.equal(first, second),
     }
+
+
+def caching_is_uncaptured(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """A captured loop with step caching against its own calls issued one by one; both kinds of rows run."""
+    pipe = pipeline(device, dtype, "captured_loop")
+    loop, _ = ready(pipe, "ddim", STEPS, BATCH)
+    cached = loop._replace(table=planned(loop.table, pipe.network, 2, 2))
+    got = pipe.network.walk(*cached)
+    plain = cached._replace(denoiser=type(loop.denoiser)(pipe.network.plain()))
+    return same(got, plain()) | {"ok": not torch.equal(got, pipe.network.walk(*loop))}
 
 
 def swapped_weights(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -147,6 +158,8 @@ def part(report: Report, device: torch.device) -> None:
         for solver in ("flow_map", "ddim", "dpmpp_2m", "ddpm"):
             label = {"proof": "captured equals uncaptured", "solver": solver, "dtype": str(dtype)}
             report.add(label, functools.partial(captured_is_uncaptured, device, dtype, solver))
+        label = {"proof": "captured equals uncaptured", "solver": "ddim with step caching", "dtype": str(dtype)}
+        report.add(label, functools.partial(caching_is_uncaptured, device, dtype))
         label = {"proof": "weights swapped in place", "dtype": str(dtype)}
         report.add(label, functools.partial(swapped_weights, device, dtype))
     report.add({"proof": "two threads"}, lambda: threads(device))

@@ -136,6 +136,7 @@ class _Lowering:
         branch, shape = self.shape.branch, self.shape.deep
         assert branch is not None and shape is not None
         skips = list(islice(self.descend(self.unet, x), branch + 1))
+        self.program.cut = len(self.program.ops)
         resnets, crossing = self.unet.above(branch)
         self.done = self.stride - sum(resnet.rows for resnet in resnets)
         self.crossed = len(self.shape.contexts) - crossing

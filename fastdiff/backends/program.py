@@ -53,6 +53,7 @@ class Program:
     external: dict[str, int] = field(default_factory=dict)
     floats: dict[int, int] = field(default_factory=dict)  # arena slots and their sizes
     alias: dict[int, tuple[int, int]] = field(default_factory=dict)  # slot -> (slot, floats behind its start)
+    cut: int | None = None  # the op before which layers are left out
     results: dict[str, Value] = field(default_factory=dict)  # values to hand out beside ``out``
 
     def slot(self) -> int:

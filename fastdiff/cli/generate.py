@@ -22,7 +22,8 @@ from fastdiff.sampling import GRIDS, GUIDANCES, SOLVERS
 from fastdiff.text_to_image import TextToImage
 
 TEXT_STEPS = 50  # diffusers' default
-TEXT_ONLY = ("prompt", "negative_prompt", "height", "width", "image", "mask_image", "strength", "lora")
+TEXT_ONLY = ("prompt", "negative_prompt", "height", "width", "image", "mask_image", "strength", "lora", "cpu_offload",
+             "vae_tiling")  # fmt: skip
 MODEL_ONLY = ("steps", "sampler", "guidance_scale", "guidance_rescale", "guidance_interval", "clip", "grid", "eta",
               "gamma", "artifact")  # fmt: skip
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -89,6 +90,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--dtype", default="float32", choices=sorted(DTYPES))
     add("--backend", default="auto", choices=sorted(BACKENDS))
+    add("--cpu-offload", action="store_true", help="keep networks in the host's memory, on the GPU only while they run")
+    add("--vae-tiling", action="store_true", help="decode in tiles, with less memory")
     add("--artifact", type=Path, help="exported file, for backends that run one")
     add("--preset", help="what to draw with, for folders that fastdiff build made (default: the folder's first)")
     add("--trust", metavar="SHA256", help="hash that fastdiff build printed: take engines made on another machine")
@@ -102,9 +105,11 @@ def generate(options: argparse.Namespace) -> int:
     for name in ("preset", "trust"):
         if getattr(options, name):
             raise PlanError(f"--{name} is for folders that fastdiff build made; {options.model} is not one")
+    if options.cpu_offload and options.device == "cpu":
+        raise PlanError("--cpu-offload saves a GPU's memory; give --device cuda with it")
     pipe = Pipeline.from_pretrained(
-        options.model, device=options.device, dtype=DTYPES[options.dtype], backend=options.backend,
-        artifact=options.artifact,
+        options.model, device="cpu" if options.cpu_offload else options.device, dtype=DTYPES[options.dtype],
+        backend=options.backend, artifact=options.artifact,
     )  # fmt: skip
     latents = read_latents(options.latents) if options.latents else None
     start = time.perf_counter()
@@ -161,6 +166,10 @@ def _text_to_image(pipe: TextToImage, options: argparse.Namespace, latents: torc
         raise PlanError(f"--class-labels is for class-conditional models; {options.model} takes --prompt")
     if not options.prompt:
         raise PlanError("--prompt is missing: what is the picture to show?")
+    if options.cpu_offload:
+        pipe.enable_model_cpu_offload(options.device)
+    if options.vae_tiling:
+        pipe.enable_vae_tiling()
     for i, file in enumerate(options.lora):
         pipe.load_lora_weights(file, f"{i}")
     pictures = {

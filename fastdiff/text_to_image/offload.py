@@ -1,4 +1,4 @@
-"""Networks that live in the host's memory and are on the device only while they run: for cards that hold one at a time."""
+"""Networks that live in the host's memory and are on the device only while they run: for small cards."""
 
 from __future__ import annotations
 

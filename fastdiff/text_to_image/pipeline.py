@@ -88,8 +88,11 @@ class TextToImage:
         """Keep the networks in the host's memory, and on ``device`` only while they run.
 
         Text encoders, the UNet with its ControlNets, and the autoencoder take turns: the device holds the largest of
-        them and what it computes with. Calls of several threads take turns too, and each copies weights and captures
-        anew. Load the model with ``device="cpu"``, so that it is never there as a whole. Not while a call runs.
+        them and what it computes with. Calls of several threads take turns too. Load the model with ``device="cpu"``,
+        so that it is never there as a whole. Not while a call runs.
+
+        A graph would be captured anew in every call, since weights never lie where they lay: backend ``"auto"`` means
+        ``"eager"`` now.
 
         Raises:
             BackendError: if the device is not there.
@@ -105,7 +108,7 @@ class TextToImage:
             network.ops = ops
         parts.vae.ops = wide(ops)
         self.device, self._offload = place, Offload(place)
-        self.network = network_of(parts.unet, self._backend, place)
+        self.network = network_of(parts.unet, "eager" if self._backend == "auto" else self._backend, place)
 
     def enable_vae_tiling(self, tile: int = 64) -> None:
         """Decode in tiles of so many latents, with less memory; see docs/MODELS.md for what that changes.

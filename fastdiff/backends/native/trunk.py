@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,6 @@ from fastdiff.sampling.denoiser import Cond
 LEAST_BUDGET, SHARE = 256 << 20, 0.2  # bytes of prepared weights that are always allowed; or this share of all weights
 PLANS = 8  # shapes that are kept ready
 MEASURE = "FASTDIFF_MEASURE"  # "0": choose by rule, the same on every machine
-Parts = tuple[int, ...]  # the identities of a layer's parameters
 
 
 class Given(NamedTuple):
@@ -86,7 +85,7 @@ class NativeTrunk:
         self.runtime, self.unet, self.never_slower = Runtime(), unet, never_slower
         self._lock = threading.RLock()
         self._plans: OrderedDict[tuple[Shape, int], Plan | None] = OrderedDict()
-        self._choices: dict[tuple[int, ...], dict[Parts, Choice] | None] = {}
+        self._choices: dict[tuple[int, ...], list[Choice] | None] = {}
         self._weights: dict[tuple[int, ...], tuple[Weight, Tensor]] = {}
         self._stamp: Any = None
 
@@ -173,14 +172,11 @@ class NativeTrunk:
             if size not in self._choices:
                 self._choices[size] = self._choose(*given.first().laid_out())
             choices = self._choices[size]
-            self._plans[key] = None if choices is None else self._made(program, self._picked(program, choices))
+            self._plans[key] = None if choices is None else self._made(program, picked(program, choices))
             while len(self._plans) > PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         return self._plans[key]
-
-    def _picked(self, program: Program, choices: Mapping[Parts, Choice]) -> list[Choice]:
-        return [choices[_parts(program.weights[op.weight])] for op in products(program)]
 
     def _made(self, program: Program, choices: Sequence[Choice]) -> Plan:
         program.hand_out()
@@ -192,7 +188,7 @@ class NativeTrunk:
 
     def _weight(self, op: Op, weight: Weight, choice: Choice) -> Tensor:
         """A layer's weights as its choice reads them; copies are shared by all plans."""
-        key = (choice.algorithm if choice.packed else -1, *_parts(weight))
+        key = (choice.algorithm if choice.packed else -1, *(id(part) for part in weight.parts))
         if key not in self._weights:
             matrix = weight.matrix()
             made = self.runtime.pack(op, matrix, torch.get_num_threads()) if choice.packed else matrix
@@ -201,14 +197,12 @@ class NativeTrunk:
 
     # --- choices ----------------------------------------------------------------------------------------------------
 
-    def _choose(self, given: Given, shape: Shape) -> dict[Parts, Choice] | None:
+    def _choose(self, given: Given, shape: Shape) -> list[Choice] | None:
         """What each layer runs with at this image size; None where plain torch is faster as a whole."""
         program = lower(self.unet, shape)
         layers = [self._layer(op) for op in products(program)]
-        named = [_parts(program.weights[op.weight]) for op in products(program)]
         if os.environ.get(MEASURE) == "0":
-            ruled = (by_rule(layer, op.H, op.W) for layer, op in zip(layers, products(program), strict=True))
-            return dict(zip(named, ruled, strict=True))
+            return [by_rule(layer, op.H, op.W) for layer, op in zip(layers, products(program), strict=True)]
         file = table_file(cpu_name(), source_hash(), torch.__version__, torch.get_num_threads())
         times = read_times(file)
         new = self._measured(program, layers, times, given)
@@ -221,7 +215,7 @@ class NativeTrunk:
         if new:
             add_times(file, new)
         slower = self.never_slower and times[name]["eager"] < times[name]["native"]
-        return None if slower else dict(zip(named, choices, strict=True))
+        return None if slower else choices
 
     def _layer(self, op: Op) -> Layer:
         sizes = {}
@@ -279,11 +273,8 @@ class NativeTrunk:
             if choices is None or not shapes:
                 report[name] = {"all": "plain torch, which was faster" if choices is None else "not in memory now"}
                 continue
-            program = lower(self.unet, shapes[0])
-            ops = products(program)
-            report[name] = {
-                signature(op): choice.name for op, choice in zip(ops, self._picked(program, choices), strict=True)
-            }
+            ops = products(lower(self.unet, shapes[0]))
+            report[name] = {signature(op): choice.name for op, choice in zip(ops, choices, strict=True)}
         return report
 
 
@@ -292,8 +283,12 @@ def products(program: Program) -> list[Op]:
     return [op for op in program.ops if op.kind == CONV]
 
 
-def _parts(weight: Weight) -> Parts:
-    return tuple(id(part) for part in weight.parts)
+def picked(program: Program, choices: list[Choice]) -> list[Choice]:
+    """Those of the whole network's choices that belong to a program, which may lack the layers below a cut."""
+    if program.cut is None:
+        return choices
+    above = sum(op.kind == CONV for op in program.ops[program.cut :])
+    return choices[: len(products(program)) - above] + choices[len(choices) - above :]
 
 
 class NativeNetwork(UNetNetwork):
