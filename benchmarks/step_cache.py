@@ -23,7 +23,7 @@ from fastdiff.backends.lossy import in_turns
 from fastdiff.benchmarks.calls import MODEL
 from fastdiff.benchmarks.environment import environment, median, rms_error, write_json
 from fastdiff.benchmarks.layouts import DDPM_CIFAR, SD15, SDXL
-from fastdiff.benchmarks.table import Arm, draw_many, fastdiff_arm, measure_quality, time_arms
+from fastdiff.benchmarks.table import Arm, draw_many, fastdiff_arm, judged, time_arms
 from fastdiff.models.config import UNetConfig
 from fastdiff.models.files import read_json
 from fastdiff.models.unet import UNet
@@ -35,7 +35,7 @@ CASES = {
     ("dpmpp_2m", 20): ((14, 10, 7), ((2, 0), (2, 2), (2, 4), (3, 0))),
     ("ddim", 50): ((25, 17, 10), ((2, 0), (3, 0), (5, 0), (3, 3))),
 }
-BATCH, COMPARED = 4, 100
+BATCH = 4
 COUNTED = {"sd15": (SD15, 64), "sdxl": (SDXL, 128), "ddpm-cifar": (DDPM_CIFAR, 32)}
 
 
@@ -61,10 +61,10 @@ def times(found: dict[str, Arm], rounds: int) -> dict[str, dict[str, Any]]:
 
 def qualities(found: dict[str, Arm], samples: int) -> dict[str, dict[str, Any]]:
     """Of each arm the error against the first one from the same noise, and how good its digits are."""
-    whole, _ = draw_many(next(iter(found.values())), COMPARED)
+    drawn = {name: draw_many(arm, samples) for name, arm in found.items()}
+    whole, _ = next(iter(drawn.values()))
     return {
-        name: {"error": rms_error(draw_many(arm, COMPARED)[0], whole)} | measure_quality(arm, samples, None)
-        for name, arm in found.items()
+        name: {"error": rms_error(images, whole)} | judged(images, asked) for name, (images, asked) in drawn.items()
     }
 
 

@@ -229,6 +229,12 @@ def test_inspect_shows_the_plan_and_the_cost_of_a_smaller_type(model, capsys):
     assert "on this CPU" in capsys.readouterr().out
 
 
+@pytest.mark.fast
+def test_generate_says_what_small_cards_need(model, capsys):
+    refused(capsys, run("generate", "--model", model, "--cpu-offload"), "give --device cuda with it")
+    refused(capsys, run("generate", "--model", model, "--vae-tiling"), "--vae-tiling is for text-to-image models")
+
+
 def test_inspect_shows_the_cost_of_step_caching(model, capsys):
     told = ["--json", "--cache-interval", "1", "2", "--cache-branch-id", "0", "3", "--steps", "4"]
     assert run("inspect", model, *told) == 0

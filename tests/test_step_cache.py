@@ -12,9 +12,12 @@ from fastdiff import graph
 from fastdiff.backends.flat import FlatTrunk
 from fastdiff.backends.in_memory import network_of
 from fastdiff.backends.native import NativeTrunk
+from fastdiff.benchmarks import step_cache
+from fastdiff.benchmarks.layouts import SD15, scaled
 from fastdiff.engine import Engine
 from fastdiff.errors import PlanError, ShapeError
 from fastdiff.kernels.native import Unavailable
+from fastdiff.models.files import read_json
 from fastdiff.sampling.loop import State
 from fastdiff.sampling.run import ready
 from fastdiff.sampling.table import merge
@@ -156,3 +159,19 @@ def test_images_at_different_steps_cannot_share_what_is_kept():
         merge(rows[:2])
     with Engine(pipe, max_batch=2) as engine, pytest.raises(PlanError, match="step caching"):
         engine.submit(3, seed=0, num_inference_steps=4, cache_interval=2).result()
+
+
+def test_the_benchmark_counts_and_keeps_what_it_had(tmp_path, monkeypatch):
+    shares = list(step_cache.operations(scaled(SD15, 8), 16).values())
+    assert shares == sorted(shares) and 0 < shares[0] < 0.2 and shares[-1] < 1
+    monkeypatch.setattr(step_cache, "CASES", {("ddim", 3): ((2,), ((2, 0),))})
+    monkeypatch.setattr(step_cache, "COUNTED", {})
+    monkeypatch.setattr(step_cache, "evaluation", lambda rounds: {})
+    monkeypatch.setattr(step_cache, "judged", lambda images, labels: {"samples": len(images)})
+    file = tmp_path / "found.json"
+    step_cache.main(["--out", str(file), "--rounds", "0", "--samples", "4"])
+    step_cache.main(["--out", str(file), "--rounds", "1", "--samples", "0"])
+    found = read_json(file)["digits"]
+    assert list(found) == ["ddim 3 steps", "ddim 2 steps", "ddim 3 steps, interval 2, branch 0"]
+    assert found["ddim 3 steps"]["error"] == 0 < found["ddim 3 steps, interval 2, branch 0"]["error"]
+    assert all(figures["samples"] == 4 and figures["ms"] > 0 for figures in found.values())
