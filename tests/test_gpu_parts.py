@@ -58,12 +58,13 @@ def test_memory(report, monkeypatch):
 
 
 def test_loops(report, monkeypatch):
-    monkeypatch.setattr(loops, "LOOPS", (("flow_map", 2), ("ddim", 3)))
+    monkeypatch.setattr(loops, "LOOPS", (("flow_map", 2, 1), ("ddim", 3, 1), ("ddim", 3, 2)))
     monkeypatch.setattr(loops, "BATCHES", (2,))
     monkeypatch.setattr(loops, "DTYPES", (torch.float32,))
     with torch.no_grad():
         loops.part(report, CPU)
-    assert all(entry["error"] < 1e-4 for entry in entries(report, 6))
+    for entry in entries(report, 9):
+        assert entry["error"] < 1e-4 if entry["cache_interval"] == 1 else 1e-4 < entry["error"] < 1
 
 
 def test_proofs(report, monkeypatch):

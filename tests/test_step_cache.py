@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from narrow_unets import error, inputs, network
@@ -14,8 +16,9 @@ from fastdiff.backends.in_memory import network_of
 from fastdiff.backends.native import NativeTrunk
 from fastdiff.benchmarks import step_cache
 from fastdiff.benchmarks.layouts import SD15, scaled
+from fastdiff.built.tables import from_json, to_json
 from fastdiff.engine import Engine
-from fastdiff.errors import PlanError, ShapeError
+from fastdiff.errors import ArtifactError, PlanError, ShapeError
 from fastdiff.kernels.native import Unavailable
 from fastdiff.models.files import read_json
 from fastdiff.sampling.loop import State
@@ -150,6 +153,18 @@ def test_what_cannot_leave_layers_out_says_so():
             pipe(3, seed=0, **options)
     with pytest.raises(PlanError, match="CallableNetwork cannot leave out"):
         fastdiff.sample(lambda x, t: x, (1, 1, 8, 8), cache_interval=2, seed=0)
+
+
+def test_an_exported_table_has_no_deep_features():
+    pipe = fastdiff.Pipeline.from_pretrained("digits", backend="eager")
+    for interval in (1, 2):
+        table = pipe.ready(3, seed=0, num_inference_steps=4, cache_interval=interval, guidance_scale=1.0).table
+        told = json.loads(json.dumps(to_json(table.structure)))
+        if interval == 1:
+            assert from_json(told, table.values, "a table").structure == table.structure
+        else:
+            with pytest.raises(ArtifactError, match="a row keeps deep features"):
+                from_json(told, table.values, "a table")
 
 
 def test_images_at_different_steps_cannot_share_what_is_kept():

@@ -213,4 +213,5 @@ def load_compiled(model: Model, spec: Spec) -> UNetNetwork:
         raise BackendError("backend 'compile' needs a C++ compiler (g++ or clang++) on the CPU; none was found")
     unet = place(model, spec)
     unet.ops = REFERENCE  # the compiler fuses plain torch itself
-    return UNetNetwork(unet, *(torch.compile(part, dynamic=False) for part in (unet.trunk, unet.parted, unet.shallow)))
+    trunk, parted, shallow = (torch.compile(part, dynamic=False) for part in (unet.trunk, unet.parted, unet.shallow))
+    return UNetNetwork(unet, trunk, parted, shallow)
