@@ -17,6 +17,7 @@ from fastdiff.benchmarks.bars import Bar, at_most, not_measured, show, suite
 from fastdiff.benchmarks.environment import environment, write_json
 from fastdiff.benchmarks.gpu.common import failed
 from fastdiff.benchmarks.gpu.kernel_bars import kernel_bars
+from fastdiff.benchmarks.gpu.memory import BOUNDS
 from fastdiff.benchmarks.gpu.unets import COMPILED
 from fastdiff.models.files import read_json
 
@@ -29,7 +30,7 @@ STEPS = {
     ("ddpm-cifar", 1): (0.30, 0.08, 0.67),
 }
 ERROR = 2.0  # times that of the same network in plain torch at the same precision
-QUICK = ("kernels_check", "proofs", "unets")
+QUICK = ("kernels_check", "proofs", "unets", "memory")
 AHEAD = ("tests/test_aot.py", "--all-chips")
 
 
@@ -69,6 +70,15 @@ def proofs(parts: Mapping[str, Any]) -> Iterator[Bar]:
         yield judged(f"proof: {kind}, failures of {len(mine)}", wrong, 0)
 
 
+def memory(parts: Mapping[str, Any]) -> Iterator[Bar]:
+    """What a small card must hold."""
+    for model, bound in BOUNDS.items():
+        found = find(parts.get("memory", {}), model=model)
+        yield judged(
+            f"{model}: peak memory of text to image, offloaded and in tiles, GB", found and found["peak_gb"], bound
+        )
+
+
 def bars(folder: Path, quick: bool) -> Iterator[Bar]:
     """Run the suite into a folder, and read its bars there."""
     command = [sys.executable, "-m", "fastdiff.benchmarks.gpu_suite", "--out", str(folder)]
@@ -81,6 +91,7 @@ def bars(folder: Path, quick: bool) -> Iterator[Bar]:
     yield suite("kernels compile for chips that are not here, fit them and spill nothing", *chips)
     yield from steps(parts)
     yield from proofs(parts)
+    yield from memory(parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -46,6 +46,7 @@ PARTS: dict[str, Part] = {
     "kernels_speed": Part("kernels_speed", "part", 480.0, "time of every kernel, beside PyTorch's"),
     "proofs": Part("proofs", "part", 300.0, "captured loops: no host reads, equal bits, swaps, threads, memory"),
     "unets": Part("unets", "part", 300.0, "one evaluation of every layout"),
+    "memory": Part("memory", "part", 240.0, "the most memory that text to image takes on a small card"),
     "loops": Part("loops", "part", 240.0, "whole loops of the bundled model"),
     "compile": Part("unets", "compile_part", 520.0, "one evaluation of every layout by torch.compile"),
 }

@@ -137,12 +137,16 @@ def draw_many(arm: Arm, samples: int, offset: int = 0) -> tuple[Tensor, Tensor]:
     return torch.cat(images), torch.tensor(asked)
 
 
+def judged(images: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Accuracy and Frechet distance of images ``[N, 1, 28, 28]`` that were asked for by these labels ``[N]``."""
+    quality = judge(images, labels, reference("test"), load_classifier())
+    return {"accuracy": round(quality.accuracy, 4), "frechet": round(quality.frechet, 2), "samples": quality.count}
+
+
 def measure_quality(arm: Arm, samples: int, training: Tensor | None) -> dict[str, Any]:
     """Accuracy and Frechet distance of one arm; with training images also the distance to the nearest of them."""
     images, labels = draw_many(arm, samples)
-    quality = judge(images, labels, reference("test"), load_classifier())
-    result: dict[str, Any] = {"accuracy": round(quality.accuracy, 4), "frechet": round(quality.frechet, 2)}
-    result["samples"] = quality.count
+    result = judged(images, labels)
     if training is not None:
         result["nearest"] = quantiles(nearest_distances(images[:NEAREST], training))
     return result

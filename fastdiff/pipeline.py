@@ -202,6 +202,8 @@ class Pipeline:
         eta: float | None = None,
         gamma: float | None = None,
         clip: Clip | None = None,
+        cache_interval: int = 1,
+        cache_branch_id: int = 0,
         output_type: str = "pil",
         callback_on_step_end: Callable[[Pipeline, int, float, dict[str, Tensor]], Any] | None = None,
     ) -> Output:
@@ -232,6 +234,9 @@ class Pipeline:
             eta: share of fresh noise of ``ddim`` and ``dpmpp_sde``.
             gamma: share of fresh noise of ``flow_map``.
             clip: bound of the denoised estimate, or a ``DynamicThreshold``.
+            cache_interval: step caching, lossy, see docs/GPU.md: run the whole network at every so many evaluations;
+                1 means always.
+            cache_branch_id: the skip connection above which the network runs at the others; 0 is the shallowest.
             output_type: ``"pil"``, ``"pt"`` (``[B, C, H, W]`` in [0, 1]) or ``"np"`` (``[B, H, W, C]`` in [0, 1]).
             callback_on_step_end: called as ``fn(pipe, i, timestep, {"latents": x})`` after every network evaluation.
 

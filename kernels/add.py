@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastdiff.errors import ShapeError
 
-from .edge import DTYPES, chip_of
+from .edge import DTYPES, chip_of, pixel_stride
 from .tiles import CombineTile, lookup
 
 WIDEST = 256  # channels of one tile
@@ -47,11 +47,8 @@ INTERPRETED = not isinstance(_add_kernel, triton.JITFunction)
 
 def _pixel_stride(name: str, value: Tensor) -> int:
     """Elements from one pixel of ``[B, H, W, C]`` to the next."""
-    _, height, width, channels = value.shape
-    pixel = value.stride(2) if width > 1 else value.stride(1) if height > 1 else value.stride(0)
-    expected = (height * width * pixel, width * pixel, pixel, 1)
-    wrong = any(n > 1 and a != b for n, a, b in zip(value.shape, value.stride(), expected, strict=True))
-    if wrong or (pixel < channels and value[..., 0].numel() > 1):
+    pixel = pixel_stride(value)
+    if pixel is None:
         raise ShapeError(f"add: {name} has strides {value.stride()}; allowed: pixels side by side, channels dense")
     return pixel
 

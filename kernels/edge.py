@@ -55,6 +55,18 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def pixel_stride(x: Tensor) -> int | None:
+    """Elements from one pixel of ``[B, H, W, C]`` to the next: ``C``, or more in a part of a wider buffer.
+
+    None where channels are not side by side, or pixels not evenly apart.
+    """
+    _, height, width, channels = x.shape
+    pixel = x.stride(2) if width > 1 else x.stride(1) if height > 1 else x.stride(0)
+    expected = (height * width * pixel, width * pixel, pixel, 1)
+    wrong = any(n > 1 and a != b for n, a, b in zip(x.shape, x.stride(), expected, strict=True))
+    return None if wrong or (pixel < channels and x[..., 0].numel() > 1) else pixel
+
+
 def writable(out: Tensor | None, like: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
     """``out`` where it is given and lies as a kernel writes, else a new tensor shaped and laid out like ``like``."""
     if out is not None and out.is_contiguous(memory_format=layout):

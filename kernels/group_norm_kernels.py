@@ -1,9 +1,10 @@
 # GroupNorm + modulation + SiLU, forward, channels-last; optionally of x + residual + row.
 #
 # Shapes   x, y, residual, total [N, P, C] contiguous (P = H*W), fp32, fp16 or bf16; weight, bias [C]; row, scale, shift
-#          [N, C], any strides; G groups of C / G channels. A program holds BLOCK_C lanes of channels, of which the
-#          first GROUPS * (C / G) are used: whole groups only, a multiple of 8 channels where that is possible, so
-#          that loads stay wide. An item is one image's channels of one such block.
+#          [N, C], any strides; G groups of C / G channels. The pixels of x lie x_pixel elements apart, in a part of a
+#          wider buffer, or C: None. A program holds BLOCK_C lanes of channels, of which the first GROUPS * (C / G) are
+#          used: whole groups only, a multiple of 8 channels where that is possible, so that loads stay wide. An item
+#          is one image's channels of one such block.
 # Grid     whole: (N * blocks): an item's tile fits one program.
 #          team: (teams * T): T programs hold an item's rows on chip, exchange their moments through memory, meet at
 #          a counter and apply; then the team takes its next item. All programs must be resident at once, so
@@ -54,8 +55,17 @@ def _row(row, image, channel, used, row_n, row_c):
 
 
 @triton.jit
+def _seen(place, image, pixel, channel, P, x_pixel):
+    """Where x has what lies at `place` of y."""
+    found = place
+    if x_pixel is not None:
+        found = (image * P + pixel[:, None]) * x_pixel + channel[None, :]
+    return found
+
+
+@triton.jit
 def _whole_kernel(
-    x, y, total, residual, row, weight, bias, scale, shift, C, P, blocks, eps,
+    x, y, total, residual, row, weight, bias, scale, shift, x_pixel, C, P, blocks, eps,
     row_n, row_c, scale_n, scale_c, shift_n, shift_c,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr, SILU: tl.constexpr,
@@ -67,7 +77,8 @@ def _whole_kernel(
     pixel = tl.arange(0, ROWS)
     inside = (pixel < P)[:, None] & used[None, :]
     place = image * P * C + pixel[:, None] * C + channel[None, :]
-    values = read(x, total, residual, _row(row, image, channel, used, row_n, row_c), place, inside).to(tl.float32)
+    seen = _seen(place, image, pixel, channel, P, x_pixel)
+    values = read(x, total, residual, _row(row, image, channel, used, row_n, row_c), seen, place, inside).to(tl.float32)
 
     mean, low, m2 = moments((values,), (inside,), P, 0, 0, False)
     mean, low, m2 = merge_channels(mean, low, m2, P, lane, group, WIDTH)
@@ -80,7 +91,8 @@ def _whole_kernel(
 
 @triton.jit
 def _team_kernel(
-    x, y, total, residual, row, weight, bias, scale, shift, partial, counters, C, P, items, blocks, team, zero, eps,
+    x, y, total, residual, row, weight, bias, scale, shift, partial, counters, x_pixel, C, P, items, blocks, team, zero,
+    eps,
     row_n, row_c, scale_n, scale_c, shift_n, shift_c,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_T: tl.constexpr, SILU: tl.constexpr, PHASE: tl.constexpr,
@@ -105,8 +117,10 @@ def _team_kernel(
             here = (pixel + i * PIECE < P)[:, None] & used[None, :]
             inside = inside + ((pixel + zero + i * PIECE < P)[:, None] & used[None, :],)
             piece = read(
-                x + base, None if total is None or PHASE == 2 else total + base,
-                None if residual is None else residual + base, added, place + i * PIECE * C, here,
+                x if x_pixel is not None else x + base, None if total is None or PHASE == 2 else total + base,
+                None if residual is None else residual + base, added,
+                _seen(place + i * PIECE * C, image, pixel + i * PIECE, channel, P, x_pixel), place + i * PIECE * C,
+                here,
             )  # fmt: skip
             held = held + (piece,)
         slots = partial + (number * 2 + turn).to(tl.int64) * team * 3 * BLOCK_G
@@ -144,7 +158,7 @@ def _team_kernel(
 
 @triton.jit
 def _reduce_kernel(
-    x, total, residual, row, partial, C, P, G, splits, split_rows, row_n, row_c,
+    x, total, residual, row, partial, x_pixel, C, P, G, splits, split_rows, row_n, row_c,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -165,7 +179,9 @@ def _reduce_kernel(
     for at in range(start, stop, ROWS):
         present = pixel < stop - at
         inside = present[:, None] & used[None, :]
-        values = read(x, total, residual, added, (image * P + at) * C + place, inside).to(tl.float32)
+        base = (image * P + at) * C + place
+        seen = _seen(base, image, pixel + at, channel, P, x_pixel)
+        values = read(x, total, residual, added, seen, base, inside).to(tl.float32)
         count += present.to(tl.float32)
         before = tl.where(inside, values - mean, 0.0)
         mean += before * (1.0 / tl.maximum(count, 1.0))[:, None]
@@ -185,7 +201,7 @@ def _reduce_kernel(
 
 @triton.jit
 def _apply_kernel(
-    x, y, residual, row, weight, bias, scale, shift, partial, C, P, G, splits, split_rows, eps,
+    x, y, residual, row, weight, bias, scale, shift, partial, x_pixel, C, P, G, splits, split_rows, eps,
     row_n, row_c, scale_n, scale_c, shift_n, shift_c,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_S: tl.constexpr, SILU: tl.constexpr,
@@ -217,5 +233,6 @@ def _apply_kernel(
     for at in range(start, stop, ROWS):
         inside = (pixel < stop - at)[:, None] & used[None, :]
         base = (image * P + at) * C + place
-        values = read(x, None, residual, added, base, inside).to(tl.float32)
+        seen = _seen(base, image, pixel + at, channel, P, x_pixel)
+        values = read(x, None, residual, added, seen, base, inside).to(tl.float32)
         tl.store(y + base, normalise(values, mean, gain, offset, SILU), mask=inside)

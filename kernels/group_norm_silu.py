@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdiff.errors import ShapeError
 
-from .edge import DTYPES, channels_last, check_like, check_vectors, chip_of, writable
+from .edge import DTYPES, channels_last, check_like, check_vectors, chip_of, pixel_stride, writable
 from .group_norm_kernels import _apply_kernel, _reduce_kernel, _team_kernel, _whole_kernel
 from .tiles import Chip, NormTile, TeamTile, lookup
 
@@ -109,6 +109,7 @@ class Call(NamedTuple):
     """One call, checked: images channels-last, everything on one device."""
 
     x: Tensor
+    x_pixel: int | None  # from one pixel of x to the next, where it is a part of a wider buffer
     y: Tensor
     total: Tensor | None
     residual: Tensor | None
@@ -123,7 +124,11 @@ class Call(NamedTuple):
 
     def summed(self) -> Call:
         """The same once ``total`` is written: what follows reads that, not its parts again."""
-        return self if self.total is None else self._replace(x=self.total, total=None, residual=None, row=None)
+        return (
+            self
+            if self.total is None
+            else self._replace(x=self.total, x_pixel=None, total=None, residual=None, row=None)
+        )
 
 
 def _strides(*vectors: Tensor | None) -> list[int]:
@@ -143,7 +148,8 @@ def _launch(call: Call, chip: Chip, workspace: Workspace | None) -> None:
         else:
             parameters = (call.weight, call.bias, call.scale, call.shift)
             _whole_kernel[(N * cut.blocks,)](
-                call.x, call.y, call.total, call.residual, call.row, *parameters, C, H * W, cut.blocks, call.eps,
+                call.x, call.y, call.total, call.residual, call.row, *parameters, call.x_pixel, C, H * W, cut.blocks,
+                call.eps,
                 *_strides(call.row, call.scale, call.shift), **cut.constants, SILU=call.silu, **options,
             )  # fmt: skip
 
@@ -164,7 +170,7 @@ def _team(call: Call, cut: Plan, options: dict[str, Any], workspace: Workspace |
     for phase in (1, 2) if INTERPRETED else (0,):
         parameters = (call.weight, call.bias, call.scale, call.shift, workspace.moments, workspace.counters)
         _team_kernel[(teams * cut.parts,)](
-            call.x, call.y, call.total, call.residual, call.row, *parameters, *sizes,
+            call.x, call.y, call.total, call.residual, call.row, *parameters, call.x_pixel, *sizes,
             *_strides(call.row, call.scale, call.shift), **constants, PHASE=phase, launch_cooperative_grid=True,
         )  # fmt: skip
         call = call.summed()
@@ -175,13 +181,14 @@ def _split(call: Call, cut: Plan, options: dict[str, Any]) -> None:
     partial = torch.empty(N, cut.parts, 3, call.groups, device=call.x.device, dtype=torch.float32)
     grid, sizes = (N * cut.parts, cut.blocks), (C, H * W, call.groups, cut.parts, cut.rows)
     _reduce_kernel[grid](
-        call.x, call.total, call.residual, call.row, partial, *sizes, *_strides(call.row), **cut.constants, **options
-    )
+        call.x, call.total, call.residual, call.row, partial, call.x_pixel, *sizes, *_strides(call.row),
+        **cut.constants, **options,
+    )  # fmt: skip
     call = call.summed()
     parameters = (call.weight, call.bias, call.scale, call.shift, partial)
     constants = {**cut.constants, "BLOCK_S": triton.next_power_of_2(cut.parts), "SILU": call.silu}
     _apply_kernel[grid](
-        call.x, call.y, call.residual, call.row, *parameters, *sizes, call.eps,
+        call.x, call.y, call.residual, call.row, *parameters, call.x_pixel, *sizes, call.eps,
         *_strides(call.row, call.scale, call.shift), **constants, **options,
     )  # fmt: skip
 
@@ -215,7 +222,8 @@ def group_norm_silu(
     """Group normalisation of ``x + residual + row``, optional per-image modulation, optional SiLU, in one op.
 
     Args:
-        x: ``[N, C, H, W]``, not empty; channels-last is read in place, any other layout is copied to it and back.
+        x: ``[N, C, H, W]``, not empty; channels-last is read in place, also as some channels of a wider buffer; any
+            other layout is copied to it and back.
         weight: ``[C]``.
         bias: ``[C]``.
         groups: number of groups; divides ``C``.
@@ -230,7 +238,7 @@ def group_norm_silu(
         workspace: where teams meet, so that nothing is allocated and there is one launch; None: made for this call.
 
     Returns:
-        ``[N, C, H, W]`` in the dtype and layout of ``x``.
+        ``[N, C, H, W]`` in the dtype and layout of ``x``; dense where that is a part of a wider buffer.
 
     Raises:
         ShapeError: if a shape, dtype or layout does not fit.
@@ -243,11 +251,13 @@ def group_norm_silu(
         check_like("group_norm_silu", name, tensor, x)
     given = tuple(t for t in (x, weight, bias, scale, shift, row, residual, total, out) if t is not None)
     chip = chip_of("group_norm_silu", given, interpreted=INTERPRETED)
-    rows = channels_last(x)  # the same tensor where x is channels-last
+    pixel = pixel_stride(x.permute(0, 2, 3, 1))
+    apart = pixel if pixel != x.shape[1] else None
+    rows = x if apart is not None else channels_last(x)  # the same tensor where x is channels-last
     y, summed = (writable(t, rows, torch.channels_last) for t in (out, total))
     sums = (None if total is None else summed, None if residual is None else channels_last(residual))
     vectors = (weight.contiguous(), bias.contiguous(), scale, shift)
-    _launch(Call(rows, y, *sums, row, *vectors, groups, eps, silu), chip, workspace)
+    _launch(Call(rows, apart, y, *sums, row, *vectors, groups, eps, silu), chip, workspace)
     if total is not None and summed is not total:
         total.copy_(summed)
     if out is None:

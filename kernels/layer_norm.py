@@ -35,7 +35,7 @@ def _layer_norm_kernel(
     used = channel < C
     inside = (token < T)[:, None] & used[None, :]
     place = token.to(tl.int64)[:, None] * C + channel[None, :]
-    values = read(x, total, residual, None, place, inside).to(tl.float32)
+    values = read(x, total, residual, None, place, place, inside).to(tl.float32)
     mean, low, m2 = moments((values,), (inside,), C, 0, 1, False)
     rstd = 1.0 / tl.sqrt_rn(m2 / C + eps)
     gain = rstd[:, None]

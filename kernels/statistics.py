@@ -15,12 +15,12 @@ import triton.language as tl
 
 
 @triton.jit
-def read(x, total, residual, row, place, inside):
+def read(x, total, residual, row, seen, place, inside):
     """X + residual + row at some places, in the type of x, rounded once; written to `total` where that is given.
 
-    `row [lanes]` float32, or None.
+    `row [lanes]` float32, or None; `seen`: the same places in x, whose pixels may lie further apart.
     """
-    values = tl.load(x + place, mask=inside, other=0.0)
+    values = tl.load(x + seen, mask=inside, other=0.0)
     if residual is not None or row is not None:
         wide = values.to(tl.float32)
         if residual is not None:

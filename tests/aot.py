@@ -103,6 +103,9 @@ def calls(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
     for channels, size in [(320, 8), (320, 64), (1280, 32), (640, 128), (128, 1024)]:
         x, vector, rows = draw(1, channels, size, size), draw(channels), draw(1, 2 * channels)
         yield lambda x=x, v=vector: group_norm_silu(x, v, v, 32)
+        part = draw(1, 2 * channels, size, size)[:, channels:]  # of a joined buffer, as a flat plan calls it
+        yield lambda x=part, v=vector: group_norm_silu(x, v, v, 32)
+        yield lambda x=part, v=vector, r=rows: group_norm_silu(x, v, v, 32, row=r[:, : v.numel()])
         more = {"scale": rows[:, :channels], "shift": rows[:, channels:], "row": rows[:, :channels]}
         yield lambda x=x, v=vector, m=more: group_norm_silu(x, v, v, 32, **m, residual=x, total=x, silu=False)
     yield lambda: group_norm_silu(draw(1, 16, 64, 64), draw(16), draw(16), 8)  # few lanes

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff.benchmarks.layouts import LAYOUTS, scaled
+from fastdiff.benchmarks.gpu.memory import Sizes, sizes
+from fastdiff.benchmarks.layouts import LAYOUTS, SD15, SDXL, scaled
 from fastdiff.models.config import UNetConfig
 from fastdiff.models.unet import UNet
 
@@ -37,3 +38,10 @@ def first(given: tuple[Tensor, Tensor, list], count: int = 1) -> tuple[Tensor, T
 def error(got: Tensor, exact: Tensor) -> float:
     """Relative, as root mean square."""
     return float((got.double() - exact.double()).norm() / exact.double().norm())
+
+
+def narrow_sizes(name: str) -> Sizes:
+    """A text-to-image model of the GPU suite, for 128 pixels."""
+    unet = scaled(SDXL if name == "sdxl" else SD15, 8) | {"sample_size": 16}
+    found = sizes(name)
+    return found._replace(unet=unet, vae=found.vae | {"block_out_channels": [32, 32, 32, 32], "sample_size": 128})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastdiff.benchmarks.check_gpu import STEPS, proofs, steps
+from fastdiff.benchmarks.check_gpu import STEPS, memory, proofs, steps
 
 
 def entry(layout: str, batch: int, by: str, ms: float, error: float = 1e-3) -> dict:
@@ -10,8 +10,8 @@ def entry(layout: str, batch: int, by: str, ms: float, error: float = 1e-3) -> d
 
 
 def test_nothing_measured_is_nothing_met():
-    bars = [*steps({}), *proofs({})]
-    assert len(bars) == 4 * len(STEPS) + 5 and not any(bar.ok for bar in bars)
+    bars = [*steps({}), *proofs({}), *memory({})]
+    assert len(bars) == 4 * len(STEPS) + 5 + 2 and not any(bar.ok for bar in bars)
     assert all(bar.value is None for bar in bars)
 
 
@@ -24,6 +24,11 @@ def test_ratios_are_to_the_peers_of_the_same_run():
     assert not found["sd15 batch 2: time over torch.compile's"].ok  # 0.75 of it
     assert not found["sd15 batch 2: error over plain torch's"].ok  # three times it
     assert found["sdxl batch 8: ms per step"].value is None
+
+
+def test_the_memory_of_a_small_card():
+    entries = [{"model": "sdxl", "peak_gb": 7.5}, {"model": "sd15", "peak_gb": 4.5}]
+    assert [(bar.value, bar.ok) for bar in memory({"memory": {"entries": entries}})] == [(7.5, True), (4.5, False)]
 
 
 def test_a_wrong_entry_counts_as_not_measured_and_a_failed_proof_is_not_met():

@@ -229,6 +229,23 @@ def test_inspect_shows_the_plan_and_the_cost_of_a_smaller_type(model, capsys):
     assert "on this CPU" in capsys.readouterr().out
 
 
+@pytest.mark.fast
+def test_generate_says_what_small_cards_need(model, capsys):
+    refused(capsys, run("generate", "--model", model, "--cpu-offload"), "give --device cuda with it")
+    refused(capsys, run("generate", "--model", model, "--vae-tiling"), "--vae-tiling is for text-to-image models")
+
+
+def test_inspect_shows_the_cost_of_step_caching(model, capsys):
+    told = ["--json", "--cache-interval", "1", "2", "--cache-branch-id", "0", "3", "--steps", "4"]
+    assert run("inspect", model, *told) == 0
+    found = json.loads(capsys.readouterr().out)["step_caching"]
+    assert [(entry["cache_interval"], entry["cache_branch_id"]) for entry in found] == [(1, 0), (1, 3), (2, 0), (2, 3)]
+    assert all(entry["relative_error"] == 0 for entry in found[:2])
+    assert all(0 < entry["relative_error"] < 1 and entry["time_over_none"] > 0 for entry in found[2:])
+    refused(capsys, run("inspect", model, "--cache-interval", "2", "--cache-branch-id", "99"), "cache_branch_id is 99")
+    assert run("generate", "--model", model, "--steps", "4", "--cache-interval", "0", "--class-labels", "3") == 2
+
+
 def test_inspect_refuses_an_onnx_file_without_its_manifest(tmp_path, capsys):
     (tmp_path / "x.onnx").write_bytes(b"anything")
     refused(capsys, run("inspect", tmp_path / "x.onnx"), "x.onnx.json")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from narrow_unets import narrow_sizes
 from recorded import Recorder
 
 from fastdiff import graph
 from fastdiff.benchmarks.environment import timed_ms
-from fastdiff.benchmarks.gpu import loops, proofs, unets
+from fastdiff.benchmarks.gpu import loops, memory, proofs, unets
 from fastdiff.benchmarks.gpu.common import Report, failed
 from fastdiff.benchmarks.layouts import DDPM_CIFAR, SDXL, scaled
 from fastdiff.kernels import REFERENCE
@@ -47,13 +48,23 @@ def test_unets(report, monkeypatch):
     assert {entry["by"] for entry in found} == set(unets.PLAIN)
 
 
+def test_memory(report, monkeypatch):
+    models = {name: narrow_sizes(name) for name in memory.FAMILIES}
+    monkeypatch.setattr(memory, "sizes", models.__getitem__)
+    with torch.no_grad():
+        memory.part(report, CPU)
+    for entry in entries(report, 2):
+        assert entry["pixels"] == [128, 128] and entry["account_gb"]["unet_peak"] > entry["account_gb"]["unet_weights"]
+
+
 def test_loops(report, monkeypatch):
-    monkeypatch.setattr(loops, "LOOPS", (("flow_map", 2), ("ddim", 3)))
+    monkeypatch.setattr(loops, "LOOPS", (("flow_map", 2, 1), ("ddim", 3, 1), ("ddim", 3, 2)))
     monkeypatch.setattr(loops, "BATCHES", (2,))
     monkeypatch.setattr(loops, "DTYPES", (torch.float32,))
     with torch.no_grad():
         loops.part(report, CPU)
-    assert all(entry["error"] < 1e-4 for entry in entries(report, 6))
+    for entry in entries(report, 9):
+        assert entry["error"] < 1e-4 if entry["cache_interval"] == 1 else 1e-4 < entry["error"] < 1
 
 
 def test_proofs(report, monkeypatch):
@@ -62,7 +73,7 @@ def test_proofs(report, monkeypatch):
     monkeypatch.setattr(proofs, "watch_works", lambda _: {"raised": True})  # the watch is torch's, for GPUs
     with torch.no_grad():
         proofs.part(report, CPU)
-    found = entries(report, 1 + 2 * 3 + 4 + 1 + 2)
+    found = entries(report, 1 + 2 * 3 + 4 + 1 + 1 + 2)
     assert all(entry["swap_mattered"] for entry in found if "swap_mattered" in entry)
 
 

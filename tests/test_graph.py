@@ -11,6 +11,7 @@ from recorded import Recorder
 
 import fastdiff
 from fastdiff import graph
+from fastdiff.backends.eager import UNetNetwork
 from fastdiff.backends.flat import FlatNetwork, FlatTrunk, LoopNetwork
 from fastdiff.graph import Captured
 from fastdiff.sampling.denoiser import Cond
@@ -138,6 +139,16 @@ def test_another_schedule_of_one_structure_is_a_copy(recorder):
         )
         assert (got - wanted).abs().max() < 1e-4
     assert len(recorder.graphs) == 1
+
+
+def test_a_weight_that_lies_elsewhere_is_recorded_anew(recorder):
+    looped = fastdiff.Pipeline.from_pretrained("digits", backend="captured_loop")
+    before = looped(3, seed=0, output_type="pt").images
+    weight = looped.network.unet.conv_in.weight
+    weight.data = 1.5 * weight.data
+    plain = fastdiff.Pipeline(looped.model, UNetNetwork(looped.network.unet), looped.device)
+    got, wanted = (pipe(3, seed=0, output_type="pt").images for pipe in (looped, plain))
+    assert (got - wanted).abs().max() < 1e-4 < (before - wanted).abs().max()
 
 
 def test_previews_walk_step_by_step(recorder):

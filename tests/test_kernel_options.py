@@ -61,6 +61,28 @@ def test_group_norm_of_a_sum(kind, dtype, draw):
     assert (out.double() - truth).abs().max() <= 4 * (plain.double() - truth).abs().max() + 1e-5
 
 
+@pytest.mark.parametrize("summed", [False, True], ids=["plain", "of a sum"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_group_norm_of_a_part_of_a_wider_buffer(kind, summed, draw, monkeypatch):
+    wide = poisoned(last(draw(2, 56, *KINDS[kind])))
+    part, dense = wide[:, 16:40], last(draw(2, 24, *KINDS[kind]))
+    part.copy_(dense)
+    weight, bias, rows = draw(24), draw(24), draw(2, 72)
+    options = dict(zip(("scale", "shift", "row"), rows.chunk(3, dim=1), strict=True))
+    totals = poisoned(dense), poisoned(dense)
+    more = [{"residual": dense, "total": total} if summed else {} for total in totals]
+    wanted = group_norm_silu(dense, weight, bias, 8, **options, **more[0])
+    kept = norm_module.channels_last
+    monkeypatch.setattr(norm_module, "channels_last", lambda x: pytest.fail("a copy") if x is part else kept(x))
+    got = group_norm_silu(part, weight, bias, 8, **options, **more[1])
+    assert torch.equal(got, wanted) and got.is_contiguous(memory_format=torch.channels_last)
+    assert not summed or torch.equal(totals[1], totals[0])
+    second = {name: value[1:] for name, value in options.items()}
+    assert torch.equal(
+        group_norm_silu(part[1:], weight, bias, 8, **second), group_norm_silu(dense[1:], weight, bias, 8, **second)
+    )
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_group_norm_in_place_of_what_it_reads(kind, draw):
     x, residual, weight, bias = last(draw(2, 24, *KINDS[kind])), last(draw(2, 24, *KINDS[kind])), draw(24), draw(24)

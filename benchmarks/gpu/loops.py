@@ -19,9 +19,10 @@ from fastdiff.models.unet import UNet
 from fastdiff.models.weights import load_model
 from fastdiff.pipeline import Pipeline, resolve
 from fastdiff.sampling.denoiser import CallableNetwork
+from fastdiff.sampling.step_cache import planned
 
 BATCHES = (1, 16, 64)
-LOOPS = (("flow_map", 4), ("ddim", 20))
+LOOPS = (("flow_map", 4, 1), ("ddim", 20, 1), ("ddim", 20, 3))  # solver, steps, interval of step caching
 BACKENDS = ("eager", "captured", "captured_loop")
 
 
@@ -30,9 +31,12 @@ def pipeline(device: torch.device, dtype: torch.dtype, backend: str) -> Pipeline
     return Pipeline.from_pretrained(MODEL, device=device, dtype=dtype, backend=backend)
 
 
-def ready(pipe: Pipeline, solver: str, steps: int | tuple[float, ...], batch: int) -> tuple[Loop, Callable[[], Tensor]]:
+def ready(
+    pipe: Pipeline, solver: str, steps: int | tuple[float, ...], batch: int, interval: int = 1
+) -> tuple[Loop, Callable[[], Tensor]]:
     """A loop, and a call that runs it as its backend does."""
     loop = make_loop(pipe, solver, steps, batch, triton_ops() if pipe.device.type == "cuda" else REFERENCE)
+    loop = loop._replace(table=planned(loop.table, pipe.network, interval, 0))
     walk = walk_of(pipe.network)
     return loop, lambda: walk(*loop)
 
@@ -53,20 +57,23 @@ def exact(pipe: Pipeline, solver: str, steps: int | tuple[float, ...], batch: in
 
 
 def measure(
-    device: torch.device, dtype: torch.dtype, backend: str, solver: str, steps: int, batch: int
+    device: torch.device, dtype: torch.dtype, backend: str, solver: str, steps: int, batch: int, interval: int
 ) -> dict[str, Any]:
-    """Time and error of a whole loop."""
+    """Time and error of a whole loop; the exact one caches nothing."""
     pipe = pipeline(device, dtype, backend)
-    _, run = ready(pipe, solver, steps, batch)
+    _, run = ready(pipe, solver, steps, batch, interval)
     found = rms_error(run(), exact(pipe, solver, steps, batch))
     return summary(repeated_ms(run, device, rounds=50, limit_s=0.7)) | {"error": found}
 
 
 def part(report: Report, device: torch.device) -> None:
     """Every loop, batch, dtype and backend."""
-    for solver, steps in LOOPS:
+    for solver, steps, interval in LOOPS:
         for batch in BATCHES:
             for dtype in DTYPES:
                 for backend in BACKENDS:
-                    label = {"solver": solver, "steps": steps, "batch": batch, "dtype": str(dtype), "backend": backend}
-                    report.add(label, functools.partial(measure, device, dtype, backend, solver, steps, batch))
+                    label = {"solver": solver, "steps": steps, "batch": batch, "dtype": str(dtype), "backend": backend,
+                             "cache_interval": interval}  # fmt: skip
+                    report.add(
+                        label, functools.partial(measure, device, dtype, backend, solver, steps, batch, interval)
+                    )

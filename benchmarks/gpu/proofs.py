@@ -72,6 +72,14 @@ def captured_is_uncaptured(device: torch.device, dtype: torch.dtype, solver: str
     }
 
 
+def caching_is_uncaptured(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """A captured loop with step caching against its own calls issued one by one; both kinds of rows run."""
+    pipe = pipeline(device, dtype, "captured_loop")
+    (_, whole), (loop, run) = (ready(pipe, "ddim", STEPS, BATCH, interval) for interval in (1, 2))
+    plain, got = loop._replace(denoiser=type(loop.denoiser)(pipe.network.plain())), run()
+    return same(got, plain()) | {"ok": not torch.equal(got, whole())}
+
+
 def swapped_weights(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Weights changed in place, as a LoRA swap does: the graph must follow without a new capture."""
     pipe = pipeline(device, dtype, "captured_loop")
@@ -147,6 +155,8 @@ def part(report: Report, device: torch.device) -> None:
         for solver in ("flow_map", "ddim", "dpmpp_2m", "ddpm"):
             label = {"proof": "captured equals uncaptured", "solver": solver, "dtype": str(dtype)}
             report.add(label, functools.partial(captured_is_uncaptured, device, dtype, solver))
+        label = {"proof": "captured equals uncaptured", "solver": "ddim with step caching", "dtype": str(dtype)}
+        report.add(label, functools.partial(caching_is_uncaptured, device, dtype))
         label = {"proof": "weights swapped in place", "dtype": str(dtype)}
         report.add(label, functools.partial(swapped_weights, device, dtype))
     report.add({"proof": "two threads"}, lambda: threads(device))

@@ -116,10 +116,20 @@ class UNetNetwork:
     Args:
         unet: on its device.
         trunk: what to call for the trunk; ``unet.trunk``, or a compiled form of it.
+        parted: likewise for ``unet.parted``.
+        shallow: likewise for ``unet.shallow``.
     """
 
-    def __init__(self, unet: UNet, trunk: Callable[..., Tensor] | None = None):
+    def __init__(
+        self,
+        unet: UNet,
+        trunk: Callable[..., Tensor] | None = None,
+        parted: Callable[..., tuple[Tensor, Tensor]] | None = None,
+        shallow: Callable[..., Tensor] | None = None,
+    ):
         self.unet, self.trunk = unet, trunk or unet.trunk
+        self._parted, self._shallow = parted or unet.parted, shallow or unet.shallow
+        self.branches = len(unet.skips)
         self.dtype = unet.conv_in.weight.dtype
 
     def prepare(self, cond: Cond, times: Tensor) -> Prepared:
@@ -130,6 +140,18 @@ class UNetNetwork:
         """See ``Network.__call__``; ``control``: of ``UNet.trunk``."""
         x = self.joined(x, prepared)
         return self.trunk(x, *prepared.at(row_index), control).float()
+
+    def parted(self, x: Tensor, row_index: Tensor, prepared: Prepared, branch: int) -> tuple[Tensor, Tensor]:
+        """See ``Caching.parted``."""
+        out, deep = self._parted(self.joined(x, prepared), *prepared.at(row_index), branch)
+        return out.float(), deep
+
+    def shallow(self, x: Tensor, row_index: Tensor, prepared: Prepared, branch: int, deep: Tensor) -> Tensor:
+        """See ``Caching.shallow``."""
+        return self._shallow(self.joined(x, prepared), *prepared.at(row_index), branch, deep).float()
+
+    def forget(self) -> None:
+        """Drop what was made for the weights as they lie: they are about to move. Nothing here."""
 
     def gather(self, places: Sequence[Place]) -> Prepared:
         """See ``Gathering.gather``."""
@@ -156,13 +178,24 @@ def _side_by_side(places: Sequence[Place], parts: Sequence[Tensor]) -> Tensor:
 
 def place(model: Model, spec: Spec) -> UNet:
     """The model's UNet where and as it is to run."""
-    if spec.device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError("device is 'cuda', but torch sees no GPU here; allowed: 'cpu'")
+    checked_device(spec.device)
     if spec.artifact is not None:
         raise ArtifactError(f"an exported file ({spec.artifact}) belongs to backend 'onnxruntime', not to torch")
     unet = model.network.to(spec.device, spec.dtype, memory_format=torch.channels_last)
     unet.ops = ops_for(spec.device)
     return unet
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        BackendError: if it is not.
+    """
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError("device is 'cuda', but torch sees no GPU here; allowed: 'cpu'")
+    return place
 
 
 def ops_for(device: torch.device) -> Ops:
@@ -180,4 +213,5 @@ def load_compiled(model: Model, spec: Spec) -> UNetNetwork:
         raise BackendError("backend 'compile' needs a C++ compiler (g++ or clang++) on the CPU; none was found")
     unet = place(model, spec)
     unet.ops = REFERENCE  # the compiler fuses plain torch itself
-    return UNetNetwork(unet, torch.compile(unet.trunk, dynamic=False))
+    trunk, parted, shallow = (torch.compile(part, dynamic=False) for part in (unet.trunk, unet.parted, unet.shallow))
+    return UNetNetwork(unet, trunk, parted, shallow)

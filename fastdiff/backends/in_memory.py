@@ -17,7 +17,7 @@ from fastdiff.sampling.run import Walk
 IN_MEMORY = ("auto", "eager", "native", "captured", "captured_loop")
 
 
-def network_of(unet: UNet, backend: str = "auto") -> UNetNetwork:
+def network_of(unet: UNet, backend: str = "auto", device: torch.device | None = None) -> UNetNetwork:
     """A UNet in one of the backends that run it as it lies in memory.
 
     Args:
@@ -26,6 +26,7 @@ def network_of(unet: UNet, backend: str = "auto") -> UNetNetwork:
             ``"captured"``: a flat plan, on a GPU captured in a CUDA graph; ``"captured_loop"``: the whole loop in one
             graph, for the least latency where shapes and samplers seldom change; ``"auto"``: on a CPU its runtime, on a
             GPU the captured plan, where they can run and are not slower than ``"eager"``; else that.
+        device: where it will run, if it is brought there only for that.
 
     Raises:
         BackendError: if there is no such backend, or ``"native"`` cannot run here.
@@ -33,16 +34,17 @@ def network_of(unet: UNet, backend: str = "auto") -> UNetNetwork:
     if backend not in IN_MEMORY:
         raise BackendError(f"backend is {backend!r}; allowed for this model: {', '.join(IN_MEMORY)}")
     weight = unet.conv_in.weight
-    suits = weight.device.type == "cpu" and weight.dtype == torch.float32
+    place = device or weight.device
+    suits = place.type == "cpu" and weight.dtype == torch.float32
     if backend == "native" and not suits:
-        raise BackendError(f"backend 'native' runs float32 on a CPU; this is {weight.dtype} on {weight.device}")
+        raise BackendError(f"backend 'native' runs float32 on a CPU; this is {weight.dtype} on {place}")
     if backend in ("auto", "native") and suits:
         try:
             return NativeNetwork(unet, never_slower=backend == "auto")
         except Unavailable as why:
             if backend == "native":
                 raise BackendError(f"backend 'native' cannot run here: {why}") from why
-    if backend == "captured" or (backend == "auto" and weight.device.type == "cuda"):
+    if backend == "captured" or (backend == "auto" and place.type == "cuda"):
         return FlatNetwork(unet, never_slower=backend == "auto")
     return LoopNetwork(unet) if backend == "captured_loop" else UNetNetwork(unet)
 

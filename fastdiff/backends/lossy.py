@@ -1,11 +1,12 @@
-"""What a smaller type would cost and gain on this CPU: an accuracy report, before anyone switches it on."""
+"""What a smaller type, or step caching, would cost and gain: an accuracy report, before anyone switches it on."""
 
 from __future__ import annotations
 
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,16 +53,55 @@ def lossy_report(unet: UNet, dtype: torch.dtype) -> dict[str, object]:
             "float32": evaluation(unet, torch.float32, plain.trunk),
             str(dtype).removeprefix("torch."): evaluation(smaller, dtype, smaller.trunk),
         }
-        spent: dict[str, list[float]] = {name: [] for name in runs}
         errors = {name: error(run()) for name, run in runs.items()}
-        for _ in range(ROUNDS):
-            for name, run in runs.items():
-                begin = time.perf_counter()
-                run()
-                spent[name].append(1e3 * (time.perf_counter() - begin))
+        spent = in_turns(runs, ROUNDS)
     native = sorted(set(INSTRUCTIONS.get(dtype, ())) & cpu_flags())
     return {
         "relative_error": errors,
-        "milliseconds": {name: round(statistics.median(times), 3) for name, times in spent.items()},
+        "milliseconds": {name: round(times, 3) for name, times in spent.items()},
         "instructions": native,
     }
+
+
+def in_turns(runs: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any, float]:
+    """Milliseconds of each run: the median of so many rounds, in which the runs take turns. Call each once before."""
+    spent: dict[Any, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            spent[name].append(1e3 * (time.perf_counter() - begin))
+    return {name: statistics.median(times) for name, times in spent.items()}
+
+
+def caching_report(
+    draw: Callable[[int, int], Tensor], settings: Sequence[tuple[int, int]], rounds: int = ROUNDS
+) -> list[dict[str, float]]:
+    """Compare samples drawn with step caching with those drawn without it, from the same noise.
+
+    Args:
+        draw: samples for a ``cache_interval`` and a ``cache_branch_id``, the same ones whenever it is called.
+        settings: of these two, what to report on.
+        rounds: of the timing, in which all settings take turns.
+
+    Returns:
+        For each setting: the relative error (root mean square), the largest difference, milliseconds and their ratio
+        to those without caching.
+    """
+    runs = {setting: (lambda setting=setting: draw(*setting)) for setting in dict.fromkeys([(1, 0), *settings])}
+    samples = {setting: run() for setting, run in runs.items()}
+    spent, exact = in_turns(runs, rounds), samples[1, 0].double()
+    report = []
+    for interval, branch in settings:
+        apart = samples[interval, branch].double() - exact
+        report.append(
+            {
+                "cache_interval": interval,
+                "cache_branch_id": branch,
+                "relative_error": float(apart.norm() / exact.norm()),
+                "largest_difference": float(apart.abs().max()),
+                "milliseconds": round(spent[interval, branch], 3),
+                "time_over_none": round(spent[interval, branch] / spent[1, 0], 4),
+            }
+        )
+    return report

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 from torch import Tensor
@@ -44,12 +46,15 @@ class Shape(NamedTuple):
     rows: tuple[int, ...]
     contexts: tuple[Keys, ...] = ()
     control: tuple[tuple[int, ...], ...] = ()
+    branch: int | None = None  # with a cut at this skip connection: ``UNet.parted``
+    deep: tuple[int, ...] | None = None  # and with what joins it given: ``UNet.shallow``
 
 
 def lower(unet: UNet, shape: Shape) -> Program:
     """The ops of ``unet.trunk`` for one shape.
 
-    The program's externals: ``x``, ``rows``, ``out``, ``keys0``, ``values0``..., and with control ``control0``...
+    The program's externals: ``x``, ``rows``, ``out``, ``keys0``, ``values0``..., and with control ``control0``...; with
+    a cut its result ``deep``, or the external of that name.
 
     Raises:
         ShapeError: if anything has another shape than the network needs; the ops themselves check nothing.
@@ -77,15 +82,21 @@ class _Lowering:
         unet, program = self.unet, self.program
         x = Value(program.given("x"), height, width, unet.config.in_channels, unet.config.in_channels)
         x = program.conv([x], [unet.conv_in.weight], [unet.conv_in.bias], kernel=3)
-        x, skips = self.encode(unet, x)
+        x, skips = self.encode(unet, x) if self.shape.deep is None else self.shallow(x)
         if self.shape.control:
             _need("control", len(self.shape.control), len(skips) + 1)
             *skips, x = (self.control(i, value) for i, value in enumerate([*skips, x]))
+        first, left = len(skips), len(unet.skips)
         for block in unet.up_blocks:
             for i, resnet in enumerate(block.resnets):
+                left -= 1
+                if left >= first:  # below the cut
+                    continue
+                if left == self.shape.branch and self.shape.deep is None:
+                    program.results["deep"] = x
                 x = self.resnet(resnet, [x, skips.pop()])
                 x = self.attended(block, i, x)
-            sampler = block.resampler()
+            sampler = block.resampler() if left < first else None
             if isinstance(sampler, ResnetBlock):
                 x = self.resnet(sampler, [x])
             elif sampler is not None:
@@ -99,11 +110,18 @@ class _Lowering:
         return program
 
     def encode(self, encoder: Encoder, x: Value) -> tuple[Value, list[Value]]:
-        skips = [x]
+        skips = list(self.descend(encoder, x))
+        x = skips[-1]
+        middle = encoder.mid_block
+        x = self.attended(middle, 0, self.resnet(middle.resnets[0], [x]))
+        return self.resnet(middle.resnets[1], [x]), skips
+
+    def descend(self, encoder: Encoder, x: Value) -> Iterator[Value]:
+        yield x
         for block in encoder.down_blocks:
             for i, resnet in enumerate(block.resnets):
                 x = self.attended(block, i, self.resnet(resnet, [x]))
-                skips.append(x)
+                yield x
             sampler = block.resampler()
             if isinstance(sampler, ResnetBlock):
                 x = self.resnet(sampler, [x])
@@ -111,10 +129,20 @@ class _Lowering:
                 conv = sampler.conv
                 x = self.program.conv([x], [conv.weight], [conv.bias], kernel=3, stride=2, pad=sampler.padding)
             if sampler is not None:
-                skips.append(x)
-        middle = encoder.mid_block
-        x = self.attended(middle, 0, self.resnet(middle.resnets[0], [x]))
-        return self.resnet(middle.resnets[1], [x]), skips
+                yield x
+
+    def shallow(self, x: Value) -> tuple[Value, list[Value]]:
+        """The way down to the cut; and what joins there, which is given."""
+        branch, shape = self.shape.branch, self.shape.deep
+        assert branch is not None and shape is not None
+        skips = list(islice(self.descend(self.unet, x), branch + 1))
+        self.program.cut = len(self.program.ops)
+        resnets, crossing = self.unet.above(branch)
+        self.done = self.stride - sum(resnet.rows for resnet in resnets)
+        self.crossed = len(self.shape.contexts) - crossing
+        channels, last = resnets[0].conv1.in_channels - self.unet.skips[branch], skips[-1]
+        _need("deep", shape, (self.program.batch, channels, last.height, last.width))
+        return Value(self.program.given("deep"), last.height, last.width, channels, channels), skips
 
     def control(self, index: int, value: Value) -> Value:
         needed = (self.program.batch, value.channels, value.height, value.width)

@@ -53,6 +53,8 @@ class Program:
     external: dict[str, int] = field(default_factory=dict)
     floats: dict[int, int] = field(default_factory=dict)  # arena slots and their sizes
     alias: dict[int, tuple[int, int]] = field(default_factory=dict)  # slot -> (slot, floats behind its start)
+    cut: int | None = None  # the op before which layers are left out
+    results: dict[str, Value] = field(default_factory=dict)  # values to hand out beside ``out``
 
     def slot(self) -> int:
         """A new slot."""
@@ -70,6 +72,11 @@ class Program:
         new = self.slot()
         self.alias[new] = (slot, floats)
         return new
+
+    def hand_out(self) -> None:
+        """Let every value of ``results`` lie in a tensor of its name that each call brings."""
+        for name, value in self.results.items():
+            self.alias[value.slot] = (self.given(name), 0)
 
     def vector(self, *parts: Tensor | None) -> int:
         """The slot of a bias or a norm's weights; -1 for None."""

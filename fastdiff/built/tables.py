@@ -67,6 +67,8 @@ def _check(structure: Structure, numbers: Tensor) -> None:
             or type(row.push) not in (bool, type(None))
         ):
             raise ValueError(f"flags {flags}")
+        if row.deep is not None:
+            raise ValueError("a row keeps deep features, which exported networks do not give")
         if row.guided is not None and row.guided.momentum and structure.momentum is not True:
             raise ValueError("a row needs momentum that the table does not keep")
         if row.tail is not None and not 0 <= float(row.tail) <= 1:

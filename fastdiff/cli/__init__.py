@@ -21,7 +21,7 @@ from fastdiff.errors import BackendError, FastdiffError, PlanError
 from fastdiff.models.config import UNetConfig
 from fastdiff.models.files import read_json
 from fastdiff.models.weights import ModelInfo, fingerprint, load_model
-from fastdiff.pipeline import resolve
+from fastdiff.pipeline import Pipeline, resolve
 from fastdiff.sampling import PATHS
 from fastdiff.training import LOSSES, TrainConfig, Trainer, load_images
 
@@ -80,6 +80,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", default="float32", choices=sorted(generate.DTYPES),
         help="also report what this type costs in accuracy and gains in time on this CPU",
     )  # fmt: skip
+    command.add_argument(
+        "--cache-interval", type=int, nargs="+", default=[], metavar="N",
+        help="also report what step caching at these intervals costs in accuracy and gains in time on this CPU",
+    )  # fmt: skip
+    command.add_argument(
+        "--cache-branch-id", type=int, nargs="+", default=[0], metavar="I", help="with these branches (default: 0)"
+    )
+    command.add_argument("--steps", type=int, default=20, metavar="N", help="steps of that report (default: 20)")
     return parser
 
 
@@ -178,6 +186,23 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _caching(options: argparse.Namespace) -> list[dict[str, float]]:
+    """What step caching does to a few images of the model."""
+    from fastdiff.backends.lossy import caching_report
+
+    pipe = Pipeline.from_pretrained(options.target)
+    labels = [label for label in pipe.examples() if label is not None] or None
+
+    def draw(interval: int, branch: int) -> torch.Tensor:
+        images: torch.Tensor = pipe(
+            labels, seed=0, num_inference_steps=options.steps, sampler=pipe.sampler or "dpmpp_2m", output_type="pt",
+            cache_interval=interval, cache_branch_id=branch,
+        ).images  # fmt: skip
+        return images
+
+    return caching_report(draw, [(i, b) for i in options.cache_interval for b in options.cache_branch_id])
+
+
 def inspect(options: argparse.Namespace) -> int:
     """``fastdiff inspect``."""
     if str(options.target).endswith(".onnx"):
@@ -210,8 +235,11 @@ def inspect(options: argparse.Namespace) -> int:
             from fastdiff.backends.lossy import lossy_report
 
             report[options.dtype] = lossy_report(loaded.network, generate.DTYPES[options.dtype])
+        if options.cache_interval:
+            report["step_caching"] = _caching(options)
     width = max(len(name) for name in report)
-    lines = [f"{name:<{width}}  {value}" for name, value in report.items()]
+    lines = [f"{name:<{width}}  {value}" for name, value in report.items() if name != "step_caching"]
+    lines += [f"step caching: {entry}" for entry in report.get("step_caching", ())]
     for size, choices in plan.items():
         lines += ["", f"on this CPU, {size}:", *(f"  {layer:<60} {choice}" for layer, choice in choices.items())]
     show(options, report | ({"cpu": plan} if plan else {}), "\n".join(lines))

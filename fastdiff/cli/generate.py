@@ -22,7 +22,8 @@ from fastdiff.pipeline import Pipeline
 from fastdiff.sampling import GRIDS, GUIDANCES, SOLVERS
 from fastdiff.text_to_image import DEFAULT_STEPS, TextToImage
 
-TEXT_ONLY = ("prompt", "negative_prompt", "height", "width", "image", "mask_image", "strength", "lora")
+TEXT_ONLY = ("prompt", "negative_prompt", "height", "width", "image", "mask_image", "strength", "lora", "cpu_offload",
+             "vae_tiling")  # fmt: skip
 BUILT_TEXT = TEXT_ONLY[:4]  # what built folders take too
 MODEL_ONLY = ("steps", "sampler", "guidance_scale", "guidance_rescale", "guidance_interval", "clip", "grid", "eta",
               "gamma", "artifact", "tolerance")  # fmt: skip
@@ -75,11 +76,27 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--grid", help=f"where to put the steps: one of {', '.join(GRIDS)}")
     add("--eta", type=float, help="share of fresh noise of ddim and dpmpp_sde, 0 to 1")
     add("--gamma", type=float, help="share of fresh noise of flow_map, 0 to 1")
+    add(
+        "--cache-interval",
+        type=int,
+        default=1,
+        metavar="N",
+        help="step caching, lossy: run the whole network at every N-th evaluation only (default: 1)",
+    )
+    add(
+        "--cache-branch-id",
+        type=int,
+        default=0,
+        metavar="I",
+        help="skip connection above which the network runs at the others (default: 0, the shallowest)",
+    )
     add("--seed", type=int, default=0, help="image i gets seed + i (default: 0)")
     add("--latents", type=Path, help=".npy file with the starting noise, [B, C, H, W]")
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--dtype", default="float32", choices=sorted(DTYPES))
     add("--backend", default="auto", choices=sorted(BACKENDS))
+    add("--cpu-offload", action="store_true", help="keep networks in the host's memory, on the GPU only while they run")
+    add("--vae-tiling", action="store_true", help="decode in tiles, with less memory")
     add("--artifact", type=Path, help="exported file, for backends that run one")
     add("--preset", help="what to draw with, for folders that fastdiff build made (default: the folder's first)")
     add("--trust", metavar="SHA256", help="hash that fastdiff build printed: take engines made on another machine")
@@ -98,9 +115,11 @@ def generate(options: argparse.Namespace) -> int:
     for name in ("preset", "trust"):
         if getattr(options, name):
             raise PlanError(f"--{name} is for folders that fastdiff build made; {options.model} is not one")
+    if options.cpu_offload and options.device == "cpu":
+        raise PlanError("--cpu-offload saves a GPU's memory; give --device cuda with it")
     pipe = Pipeline.from_pretrained(
-        options.model, device=options.device, dtype=DTYPES[options.dtype], backend=options.backend,
-        artifact=options.artifact,
+        options.model, device="cpu" if options.cpu_offload else options.device, dtype=DTYPES[options.dtype],
+        backend=options.backend, artifact=options.artifact,
     )  # fmt: skip
     latents = read_latents(options.latents) if options.latents else None
     start = time.perf_counter()
@@ -128,6 +147,7 @@ def generate(options: argparse.Namespace) -> int:
             guidance=options.guidance, guidance_rescale=options.guidance_rescale,
             guidance_interval=options.guidance_interval, clip=options.clip, grid=options.grid,
             eta=options.eta, gamma=options.gamma, seed=options.seed, latents=latents,
+            cache_interval=options.cache_interval, cache_branch_id=options.cache_branch_id,
             callback_on_step_end=lambda *_: bar.update(),
         ).images  # fmt: skip
     seconds = time.perf_counter() - start
@@ -142,6 +162,8 @@ def generate(options: argparse.Namespace) -> int:
 
 
 def _from_built(options: argparse.Namespace) -> int:
+    if (options.cache_interval, options.cache_branch_id) != (1, 0):
+        raise PlanError(f"--cache-interval and --cache-branch-id are for models; {options.model} was built")
     backend = "onnxruntime" if options.backend == "auto" else options.backend
     pipe = load_built(options.model, device=options.device, backend=backend, trust=options.trust)
     text = isinstance(pipe, BuiltTextToImage)
@@ -171,6 +193,10 @@ def _usual_steps(pipe: TextToImage, sampler: str | None) -> int:
 
 def _text_to_image(pipe: TextToImage, options: argparse.Namespace, latents: torch.Tensor | None) -> list[Image.Image]:
     _check_prompt(options)
+    if options.cpu_offload:
+        pipe.enable_model_cpu_offload(options.device)
+    if options.vae_tiling:
+        pipe.enable_vae_tiling()
     for i, file in enumerate(options.lora):
         pipe.load_lora_weights(file, f"{i}")
     pictures = {
@@ -183,6 +209,7 @@ def _text_to_image(pipe: TextToImage, options: argparse.Namespace, latents: torc
             tolerance=options.tolerance, sampler=options.sampler,
             guidance_scale=options.guidance_scale, guidance_rescale=options.guidance_rescale, eta=options.eta,
             num_images_per_prompt=options.num_images_per_prompt, seed=options.seed, latents=latents, **pictures,
+            cache_interval=options.cache_interval, cache_branch_id=options.cache_branch_id,
             callback_on_step_end=lambda *_: bar.update(),
         ).images  # fmt: skip
     return images

@@ -59,9 +59,15 @@ class Company:
         self.denoised: Tensor | None = None
 
     def __call__(
-        self, x: Tensor, rows: Rows, plan: RowPlan, prepared: None, momentum: Tensor | None = None
+        self,
+        x: Tensor,
+        rows: Rows,
+        plan: RowPlan,
+        prepared: None,
+        momentum: Tensor | None = None,
+        deep: Tensor | None = None,
     ) -> Estimates:
-        """See ``Denoiser``."""
+        """See ``Denoiser``; the engine admits no row that keeps deep features."""
         told = [Place(image.prepared, 0, image.row) for image in self.images]
         told += [Place(self.images[i].prepared, 1, self.images[i].row) for i in self.guided]
         scaled, weak = rows.c_in * x, None

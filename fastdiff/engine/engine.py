@@ -232,6 +232,8 @@ class Engine:
             raise PlanError(
                 "an engine takes one image at a time, from a seed, without mask, guide, ControlNet or generator"
             )
+        if any(row.deep is not None for row in ready.table.structure.rows):
+            raise PlanError("an engine takes no step caching (cache_interval): its images stand at different steps")
         shape = tuple(ready.state.x.shape[1:])
         if shape not in self._buckets:
             planned = ", ".join("x".join(map(str, known)) for known in self._buckets)

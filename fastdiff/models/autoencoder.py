@@ -336,6 +336,11 @@ class AutoencoderKL(Codec):
         return Moments(mean, logvar.clamp(*LOG_VARIANCE))
 
 
+def wide(ops: Ops) -> Ops:
+    """Ops for an autoencoder, whose one attention has heads too wide for the fused kernel."""
+    return ops._replace(attention=REFERENCE.attention)
+
+
 def rename_old_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give the attention of early files (``query``, ``key``, ``value``, ``proj_attn``) its present names.
 

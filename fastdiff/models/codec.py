@@ -53,6 +53,11 @@ class Codec(nn.Module, ABC):
             return None
         return 2 * max(self.encode_radius, self.decode_radius)
 
+    @property
+    def overlap(self) -> int:
+        """What tiles share unless told otherwise, in latents: ``exact_overlap``, or 16 where none is exact."""
+        return OVERLAP if self.exact_overlap is None else self.exact_overlap
+
     def normalise(self, raw: Tensor) -> Tensor:
         """What the encoder gives -> what a diffusion network sees; ``[B, C, h, w]`` both."""
         return (raw - self._row(self.shift, raw)) * (self.scaling_factor / self._row(self.spread, raw))
@@ -86,9 +91,15 @@ class Codec(nn.Module, ABC):
             self._decode_tile, x, tile=tile, overlap=self._overlap(overlap), radius=self.decode_radius, grow=self.grow
         )
 
-    def to_images(self, latents: Tensor) -> Tensor:
-        """What a diffusion network gives, ``[B, C, h, w]``, -> images ``[B, 3, H, W]``, as ``decode``."""
-        return self.decode(self.denormalise(latents))
+    def to_images(self, latents: Tensor, tile: int | None = None) -> Tensor:
+        """What a diffusion network gives, ``[B, C, h, w]``, -> images ``[B, 3, H, W]``, as ``decode``.
+
+        Args:
+            latents: what to decode.
+            tile: of ``decode_tiled``; None: in one piece.
+        """
+        raw = self.denormalise(latents)
+        return self.decode(raw) if tile is None else self.decode_tiled(raw, tile)
 
     def _encode(self, images: Tensor) -> Tensor:
         return self._encode_whole(self._encode_tile(self._checked(images, "images", self.in_channels, self.shrink)))
@@ -99,9 +110,7 @@ class Codec(nn.Module, ABC):
         return self._encode_whole(run_tiled(self._encode_tile, images, radius=self.encode_radius, **plan))
 
     def _overlap(self, overlap: int | None) -> int:
-        if overlap is not None:
-            return overlap
-        return OVERLAP if self.exact_overlap is None else self.exact_overlap
+        return self.overlap if overlap is None else overlap
 
     def _checked(self, x: Tensor, name: str, channels: int, multiple: int) -> Tensor:
         sizes = x.shape[2:]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -232,6 +233,12 @@ def normed(layer: nn.LayerNorm, tokens: Tensor, ops: Ops) -> Tensor:
     return result
 
 
+def crossing_of(transformer: nn.Module) -> Iterator[TokenAttention]:
+    """The attentions of a ``SpatialTransformer`` that read the conditioning, in order; others have none."""
+    for layer in getattr(transformer, "transformer_blocks", ()):
+        yield from (attention for attention in (layer.attn1, layer.attn2) if attention.crosses)
+
+
 class Downsample(nn.Module):
     """Stride-2 convolution."""
 
@@ -393,27 +400,31 @@ class Encoder(nn.Module):
         """Every attention that reads the conditioning, in the order in which they run."""
         for block in self.blocks():
             for transformer in block.attentions or ():
-                for layer in getattr(transformer, "transformer_blocks", ()):
-                    yield from (attention for attention in (layer.attn1, layer.attn2) if attention.crosses)
+                yield from crossing_of(transformer)
 
     def encode(self, x: Tensor, rows: Iterator[Tensor], context: Iterator[TokenPair]) -> tuple[Tensor, list[Tensor]]:
         """Run down and through the middle, from what ``conv_in`` gave: the deepest features, and what is kept."""
-        skips = [x]
-        for block in self.down_blocks:
-            for i, resnet in enumerate(block.resnets):
-                x = resnet(x, next(rows), self.ops)
-                if block.attentions is not None:
-                    x = block.attentions[i](x, context, self.ops)
-                skips.append(x)
-            sampler = block.resampler()
-            if sampler is not None:
-                x = sampler(x, next(rows), self.ops) if isinstance(sampler, ResnetBlock) else sampler(x)
-                skips.append(x)
+        skips = list(self.descend(x, rows, context))
+        x = skips[-1]
         middle = self.mid_block
         x = middle.resnets[0](x, next(rows), self.ops)
         if middle.attentions is not None:
             x = middle.attentions[0](x, context, self.ops)
         return middle.resnets[1](x, next(rows), self.ops), skips
+
+    def descend(self, x: Tensor, rows: Iterator[Tensor], context: Iterator[TokenPair]) -> Iterator[Tensor]:
+        """Run down layer by layer, from what ``conv_in`` gave; yields what each skip connection keeps, that first."""
+        yield x
+        for block in self.down_blocks:
+            for i, resnet in enumerate(block.resnets):
+                x = resnet(x, next(rows), self.ops)
+                if block.attentions is not None:
+                    x = block.attentions[i](x, context, self.ops)
+                yield x
+            sampler = block.resampler()
+            if sampler is not None:
+                x = sampler(x, next(rows), self.ops) if isinstance(sampler, ResnetBlock) else sampler(x)
+                yield x
 
     def row_width(self) -> int:
         """``P``, the width of ``time_rows``."""
@@ -474,18 +485,71 @@ class UNet(Encoder):
         if control:
             *down, middle = control
             x, skips = x + middle, [skip + more for skip, more in zip(skips, down, strict=True)]
+        return self._ascend(x, skips, rows, context)[0]
+
+    def parted(self, x: Tensor, time_rows: Tensor, contexts: Sequence[TokenPair], branch: int) -> tuple[Tensor, Tensor]:
+        """``trunk``, which also gives what ``shallow`` needs to leave out the layers below a skip connection.
+
+        Args:
+            x: as of ``trunk``.
+            time_rows: as of ``trunk``.
+            contexts: as of ``trunk``.
+            branch: number of the skip connection, from 0, what ``conv_in`` gives, to ``len(skips) - 1``.
+
+        Returns:
+            The output, and the deep features that join that skip connection, ``[B, C'', H'', W'']``.
+
+        Source: Ma et al. 2023, DeepCache, arXiv:2312.00858, sec. 3.
+        """
+        rows, context = self.split_rows(time_rows), iter(contexts)
+        x, skips = self.encode(self.conv_in(x), rows, context)
+        return self._ascend(x, skips, rows, context, branch)
+
+    def shallow(self, x: Tensor, time_rows: Tensor, contexts: Sequence[TokenPair], branch: int, deep: Tensor) -> Tensor:
+        """The output of the layers above a skip connection alone, with deep features that another call gave."""
+        resnets, crossing = self.above(branch)
+        down = self.descend(self.conv_in(x), self.split_rows(time_rows), iter(contexts))
+        skips = list(islice(down, branch + 1))
+        rows = iter(list(self.split_rows(time_rows))[-len(resnets) :])
+        return self._ascend(deep, skips, rows, iter(contexts[len(contexts) - crossing :]))[0]
+
+    def above(self, branch: int) -> tuple[list[ResnetBlock], int]:
+        """The ResNet blocks of the way up from where a skip connection joins, and how many attentions there cross."""
+        resnets: list[ResnetBlock] = []
+        crossing, left = 0, len(self.skips)
         for block in self.up_blocks:
             for i, resnet in enumerate(block.resnets):
+                left -= 1
+                if left <= branch:
+                    resnets.append(resnet)
+                    crossing += 0 if block.attentions is None else len(list(crossing_of(block.attentions[i])))
+            sampler = block.resampler()
+            if isinstance(sampler, ResnetBlock) and left <= branch:
+                resnets.append(sampler)
+        return resnets, crossing
+
+    def _ascend(
+        self, x: Tensor, skips: list[Tensor], rows: Iterator[Tensor], context: Iterator[TokenPair], branch: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Run up from the first of ``skips`` that is left; returns the output, and what joined that of ``branch``."""
+        first, left, deep = len(skips), len(self.skips), x
+        for block in self.up_blocks:
+            for i, resnet in enumerate(block.resnets):
+                left -= 1
+                if left >= first:
+                    continue
+                if left == branch:
+                    deep = x
                 x = resnet(torch.cat([x, skips.pop()], dim=1), next(rows), self.ops)
                 if block.attentions is not None:
                     x = block.attentions[i](x, context, self.ops)
-            sampler = block.resampler()
+            sampler = block.resampler() if left < first else None
             if isinstance(sampler, ResnetBlock):
                 x = sampler(x, next(rows), self.ops)
             elif sampler is not None:
                 x = sampler(x, skips[-1].shape[2:], self.ops)
         norm = self.conv_norm_out
-        return self.conv_out(self.ops.group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps))
+        return self.conv_out(self.ops.group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)), deep
 
     def forward(
         self,

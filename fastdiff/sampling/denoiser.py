@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from fastdiff.sampling.table import (
     RESCALE,
     TAIL,
     WEAK_NOISE,
+    Deep,
     RowPlan,
     Rows,
 )
@@ -96,6 +97,25 @@ class Gathering(Protocol):
         """See ``Network.__call__``."""
 
 
+@runtime_checkable
+class Caching(Protocol):
+    """A network whose deep layers may be left out at some steps: what step caching needs."""
+
+    branches: int  # its skip connections, which may be cut at
+
+    def prepare(self, cond: Cond, times: Tensor) -> Prepared:
+        """See ``Network.prepare``."""
+
+    def __call__(self, x: Tensor, row_index: Tensor, prepared: Prepared) -> Tensor:
+        """See ``Network.__call__``."""
+
+    def parted(self, x: Tensor, row_index: Tensor, prepared: Prepared, branch: int) -> tuple[Tensor, Tensor]:
+        """The same, and the features that join skip connection ``branch`` from below: ``[B, ...]``."""
+
+    def shallow(self, x: Tensor, row_index: Tensor, prepared: Prepared, branch: int, deep: Tensor) -> Tensor:
+        """The output of the layers above that skip connection, with such features of an earlier call."""
+
+
 class Estimates(NamedTuple):
     """What one evaluation gives each image, ``[B, C, H, W]`` float32 each."""
 
@@ -103,15 +123,25 @@ class Estimates(NamedTuple):
     raw: Tensor  # D before clipping, or the weak estimate where the rule wants the noise from that
     momentum: Tensor | None  # the register of APG
     spread: Tensor | None = None  # what the network multiplies the noise n1 by, where a row lets it
+    deep: Tensor | None = None  # features for rows to come, where the plan keeps or reads them
 
 
 class Denoiser(Protocol):
     """Network, table row and guidance together."""
 
     def __call__(
-        self, x: Tensor, rows: Rows, plan: RowPlan, prepared: Prepared, momentum: Tensor | None = None
+        self,
+        x: Tensor,
+        rows: Rows,
+        plan: RowPlan,
+        prepared: Prepared,
+        momentum: Tensor | None = None,
+        deep: Tensor | None = None,
     ) -> Estimates:
-        """``x [B, C, H, W]`` and one row for each image -> estimates; ``momentum`` is the register, if declared."""
+        """``x [B, C, H, W]`` and one row for each image -> estimates.
+
+        ``momentum`` is the register, if declared; ``deep`` what an earlier row kept, if the plan reads it.
+        """
 
 
 class CallableNetwork:
@@ -176,28 +206,51 @@ class NetworkDenoiser:
         self.network, self.guide = network, guide
 
     def __call__(
-        self, x: Tensor, rows: Rows, plan: RowPlan, prepared: Prepared, momentum: Tensor | None = None
+        self,
+        x: Tensor,
+        rows: Rows,
+        plan: RowPlan,
+        prepared: Prepared,
+        momentum: Tensor | None = None,
+        deep: Tensor | None = None,
     ) -> Estimates:
         """See ``Denoiser``."""
         if plan.guided is None:
             own = prepared if self.guide is None else prepared[0]
             if not plan.asks:
                 raw = rows.c_skip * x
-                return Estimates(clip(raw, rows, plan), raw, momentum)
-            output, spread = part(x, self.network(rows.c_in * x, rows.row_index, own), rows, plan)
+                return Estimates(clip(raw, rows, plan), raw, momentum, None, deep)
+            whole, deep = self._asked(rows.c_in * x, rows.row_index, own, plan.deep, deep)
+            output, spread = part(x, whole, rows, plan)
             raw = estimate(x, output, rows)
-            return Estimates(clip(raw, rows, plan), raw, momentum, spread)
-        strong, weak = self._both(rows.c_in * x, rows.row_index, prepared)
+            return Estimates(clip(raw, rows, plan), raw, momentum, spread, deep)
+        strong, weak, deep = self._both(rows.c_in * x, rows.row_index, prepared, plan.deep, deep)
         strong, spread = part(x, strong, rows, plan)
         guided, raw, momentum = mix(x, strong, weak[:, : x.shape[1]], rows, plan.guided, momentum)
-        return Estimates(clip(guided, rows, plan), raw, momentum, spread)
+        return Estimates(clip(guided, rows, plan), raw, momentum, spread, deep)
 
-    def _both(self, scaled: Tensor, row_index: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]:
+    def _both(
+        self, scaled: Tensor, row_index: Tensor, prepared: Prepared, cut: Deep | None, deep: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.guide is not None:
-            return self.network(scaled, row_index, prepared[0]), self.guide(scaled, row_index, prepared[1])
-        both = self.network(torch.cat([scaled, scaled]), torch.cat([row_index, row_index]), prepared)
+            return self.network(scaled, row_index, prepared[0]), self.guide(scaled, row_index, prepared[1]), None
+        twice = torch.cat([scaled, scaled]), torch.cat([row_index, row_index])
+        both, deep = self._asked(*twice, prepared, cut, deep)
         batch = scaled.shape[0]
-        return both[:batch], both[batch:]  # chunk(2) would fix the batch of an exported graph
+        return both[:batch], both[batch:], deep  # chunk(2) would fix the batch of an exported graph
+
+    def _asked(
+        self, scaled: Tensor, row_index: Tensor, prepared: Prepared, cut: Deep | None, deep: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The network's output, and the deep features for the rows to come."""
+        if cut is None:
+            return self.network(scaled, row_index, prepared), None
+        network = cast(Caching, self.network)  # ``step_cache.planned`` sees to it
+        if not cut.reads:
+            return network.parted(scaled, row_index, prepared, cut.branch)
+        assert deep is not None
+        # the strong places come first: a row without guidance reads those alone
+        return network.shallow(scaled, row_index, prepared, cut.branch, deep[: len(scaled)]), deep
 
 
 def column(values: Tensor, index: int) -> Tensor:

@@ -54,16 +54,22 @@ class Inpaint:
         self.denoise, self.image, self.mask, self.known = denoise, image, mask, known
 
     def __call__(
-        self, x: Tensor, rows: Rows, plan: RowPlan, prepared: Prepared, momentum: Tensor | None = None
+        self,
+        x: Tensor,
+        rows: Rows,
+        plan: RowPlan,
+        prepared: Prepared,
+        momentum: Tensor | None = None,
+        deep: Tensor | None = None,
     ) -> Estimates:
         """See ``Denoiser``."""
         if self.known is not None:
             x = self.known.shown(x, self.image, self.mask, rows.row_index)
-        found = self.denoise(x, rows, plan, prepared, momentum)
+        found = self.denoise(x, rows, plan, prepared, momentum, deep)
         denoised = self.image.lerp(found.denoised, self.mask)
         raw = denoised if found.raw is found.denoised else self.image.lerp(found.raw, self.mask)
         spread = None if found.spread is None else (found.spread - 1) * self.mask + 1
-        return Estimates(denoised, raw, found.momentum, spread)
+        return found._replace(denoised=denoised, raw=raw, spread=spread)
 
     def restored(self, x: Tensor) -> Tensor:
         """``x [B, C, H, W]`` with the image itself outside the mask."""

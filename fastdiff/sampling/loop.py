@@ -16,12 +16,13 @@ from fastdiff.sampling.table import DRAW1, DRAW2, PUSH, RowPlan, Rows, StepTable
 
 
 class State(NamedTuple):
-    """What a sampler carries between network evaluations. Each ``[B, C, H, W]`` float32."""
+    """What a sampler carries between network evaluations. Each ``[B, C, H, W]`` float32, but for ``deep``."""
 
     x: Tensor
     anchor: Tensor
     history: tuple[Tensor, ...]  # newest first
     momentum: Tensor | None = None  # of guidance, where a table declares it
+    deep: Tensor | None = None  # features that a row kept for later ones (``sampling/step_cache.py``), [places, ...]
 
     @staticmethod
     def start(x: Tensor, history: int, momentum: bool = False) -> State:
@@ -57,7 +58,7 @@ def advance(
 def _advance(
     denoise: Denoiser, state: State, rows: Rows, plan: RowPlan, noise: Noise | None, prepared: Prepared, ops: Ops
 ) -> State:
-    denoised, raw, momentum, spread = denoise(state.x, rows, plan, prepared, state.momentum)
+    denoised, raw, momentum, spread, deep = denoise(state.x, rows, plan, prepared, state.momentum, state.deep)
     n1 = n2 = None
     if noise is not None and plan.draws != (False, False):
         n1, n2 = (
@@ -73,7 +74,7 @@ def _advance(
             mask = rows.values[:, PUSH].view(-1, 1, 1, 1) != 0
             shifted = tuple(torch.where(mask, new, old) for new, old in zip(shifted, history, strict=True))
         history = shifted
-    return State(results[0], results[0] if plan.anchor is None else results[1], history, momentum)
+    return State(results[0], results[0] if plan.anchor is None else results[1], history, momentum, deep)
 
 
 def iterate(

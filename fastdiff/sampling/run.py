@@ -36,6 +36,7 @@ from fastdiff.sampling.path import Path
 from fastdiff.sampling.prediction import Prediction
 from fastdiff.sampling.solvers import Solver
 from fastdiff.sampling.steering import Interval, Strength
+from fastdiff.sampling.step_cache import planned
 from fastdiff.sampling.table import StepTable, build
 
 Walk = Callable[[Denoiser, Tensor, StepTable, Noise, Prepared, Ops], Tensor]  # ``loop.sample``, or in its place
@@ -108,6 +109,8 @@ def sample(
     mask_image: Tensor | None = None,
     keep: str = "estimate",
     resume: tuple[int, State] | None = None,
+    cache_interval: int = 1,
+    cache_branch_id: int = 0,
     device: torch.device | str = "cpu",
     callback: Callable[[int, float, State], None] | None = None,
     ops: Ops = REFERENCE,
@@ -151,6 +154,9 @@ def sample(
             the draw alone.
         resume: rows already walked and the state after them, as ``callback`` got them (its number plus 1); all other
             arguments as they were.
+        cache_interval: step caching, which is lossy: run the whole network at every so many evaluations, and at the
+            others only the layers above a skip connection, with the deep features kept; 1 means never.
+        cache_branch_id: that skip connection; 0, the shallowest, leaves out most.
         device: where to run.
         callback: gets the row's number, the time the network was told at it, and the state after it.
         ops: kernels.
@@ -278,6 +284,8 @@ def _ready(
     mask_image: Tensor | None,
     keep: str,
     resume: tuple[int, State] | None,
+    cache_interval: int,
+    cache_branch_id: int,
     device: torch.device | str,
     history: int | None = None,
 ) -> Ready:
@@ -317,6 +325,10 @@ def _ready(
         interval=guidance_interval, clip=clip, history=history, device=device,
     )  # fmt: skip
     ready = make_network(network, kind)
+    if (cache_interval, cache_branch_id) != (1, 0):
+        if guide is not None:
+            raise PlanError("cache_interval and guide do not go together: a guide is asked whole at every row")
+        table = planned(table, ready, cache_interval, cache_branch_id)
     denoiser, prepared = plan(ready, cond, uncond, table, None if guide is None else make_network(guide, kind))
     noise = make_noise(size, table.structure.draws, seed, generator, device, initial=latents is None)
     from_noise = keep == "noise" and mask_image is not None and strength == 1

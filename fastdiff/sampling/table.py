@@ -32,6 +32,13 @@ X, ANCHOR, DENOISED, RAW, N1, N2, FIRST_HISTORY = range(7)
 OUTPUTS = 3  # x, anchor, history
 
 
+class Deep(NamedTuple):
+    """What a row does with the deep features of the network: see ``sampling/step_cache.py``."""
+
+    branch: int  # the skip connection that they join
+    reads: bool  # the layers below it are left out, and what an earlier row kept is read; else this row keeps its own
+
+
 class RowPlan(NamedTuple):
     """What the host knows about one row: which registers it reads, never their weights. Hashable."""
 
@@ -46,6 +53,7 @@ class RowPlan(NamedTuple):
     ends: bool
     asks: bool = True  # False: the network's output counts for nothing, so it is not asked
     learned: bool = False  # does the network say how much noise n1 adds?
+    deep: Deep | None = None  # None: the whole network runs, and nothing of it is kept
 
     @property
     def outputs(self) -> slice:
@@ -128,13 +136,20 @@ class StepTable:
 
 
 def merge(plans: Sequence[RowPlan]) -> RowPlan:
-    """Return the plan of a batch whose images stand at rows of different plans."""
+    """Return the plan of a batch whose images stand at rows of different plans.
+
+    Raises:
+        PlanError: if one keeps or reads deep features and another does not.
+    """
 
     def union(parts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         return tuple(sorted({index for part in parts for index in part}))
 
     if all(plan == plans[0] for plan in plans):
         return plans[0]
+    cuts = {plan.deep for plan in plans}
+    if len(cuts) > 1:
+        raise PlanError(f"images at rows of different step caching cannot share an evaluation: {cuts}")
     follows = all(plan.anchor is None for plan in plans)
     pushes = {plan.push for plan in plans}
     return RowPlan(
@@ -150,6 +165,7 @@ def merge(plans: Sequence[RowPlan]) -> RowPlan:
         ends=any(plan.ends for plan in plans),
         asks=any(plan.asks for plan in plans),
         learned=any(plan.learned for plan in plans),
+        deep=cuts.pop(),
     )
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.errors import ArtifactError, BackendError
+from fastdiff.backends.eager import checked_device, ops_for
+from fastdiff.errors import ArtifactError
 from fastdiff.integrations.schedulers import from_diffusers_scheduler
-from fastdiff.kernels import CPU, REFERENCE, Ops, triton_ops
+from fastdiff.kernels import REFERENCE, Ops
 from fastdiff.models import single_file
-from fastdiff.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
+from fastdiff.models.autoencoder import AutoencoderKL, AutoencoderKLConfig, wide
 from fastdiff.models.autoencoder_files import load_autoencoder
 from fastdiff.models.config import UNetConfig
 from fastdiff.models.controlnet import ControlNet, ControlNetConfig
@@ -77,7 +78,7 @@ def load_folder(
         raise ArtifactError(f"an exported file ({artifact}) belongs to backend {owners}, not to {backend!r}")
     else:
         unet = load_unet(home, dtype, ops, variant=variant, allow_pickle=allow_pickle)
-    vae = load_autoencoder(part_of(root, index, "vae"), dtype, _wide(ops), variant=variant, allow_pickle=allow_pickle)
+    vae = load_autoencoder(part_of(root, index, "vae"), dtype, wide(ops), variant=variant, allow_pickle=allow_pickle)
     texts = load_text_encoders(root, index, dtype, variant)
     nets = [controlnet] if isinstance(controlnet, str | os.PathLike) else list(controlnet)
     if not nets and (root / "controlnet").is_dir():
@@ -172,7 +173,7 @@ def load_single_file(
     found = single_file.convert(tensors, layout)
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_dict(single_file.unet_config(layout)), None, ops)
-        vae = AutoencoderKL(AutoencoderKLConfig.from_dict(single_file.vae_config(layout)), _wide(ops))
+        vae = AutoencoderKL(AutoencoderKLConfig.from_dict(single_file.vae_config(layout)), wide(ops))
     for network, part in ((unet, "unet"), (vae, "vae")):
         load_strictly(network, found[part], f"{path}: {part}")
         settle(network, dtype)
@@ -224,15 +225,8 @@ def part_of(root: Path, index: Mapping[str, Any], name: str) -> Path:
 
 
 def _device(device: str | torch.device) -> tuple[torch.device, Ops]:
-    place = torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError("device is 'cuda', but torch sees no GPU here; allowed: 'cpu'")
-    return place, triton_ops() if place.type == "cuda" else CPU
-
-
-def _wide(ops: Ops) -> Ops:
-    """Ops for an autoencoder, whose one attention has heads too wide for the fused kernel."""
-    return ops._replace(attention=REFERENCE.attention)
+    place = checked_device(device)
+    return place, ops_for(place)
 
 
 def _assembled(

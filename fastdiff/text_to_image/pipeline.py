@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path as File
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.arguments import Prompt, arguments_of_a_run, listed
 from fastdiff.backends.control import Control, ControlledNetwork
-from fastdiff.backends.eager import ops_for
+from fastdiff.backends.eager import checked_device, ops_for
 from fastdiff.backends.in_memory import network_of, walk_of
 from fastdiff.calibration.file import AUTO, CALIBRATED, Calibrated, load_for
 from fastdiff.errors import PlanError, ShapeError
 from fastdiff.images import OUTPUTS, Output, Picture, fitting_size, grown, to_images, to_tensor
 from fastdiff.integrations.schedulers import Sampler
-from fastdiff.models.autoencoder import AutoencoderKL
+from fastdiff.models.autoencoder import AutoencoderKL, wide
 from fastdiff.models.controlnet import ControlNet
 from fastdiff.models.lora import LoraSet, read_lora
 from fastdiff.models.text import Encoded, TextEncoder, encode
@@ -40,6 +41,7 @@ from fastdiff.sampling.path import Path
 from fastdiff.sampling.prediction import Prediction
 from fastdiff.sampling.run import Planner, Ready, ready, sample
 from fastdiff.sampling.solvers import Solver
+from fastdiff.text_to_image.offload import Offload
 from fastdiff.text_to_image.start import Draws, start
 
 DEFAULT_STEPS = 50
@@ -84,6 +86,9 @@ class TextToImage:
     def __init__(self, parts: Parts, device: torch.device, backend: str = "auto", exported: Any = None):
         self.parts, self.device = parts, device
         self.network = exported or network_of(parts.unet, backend)
+        self._backend, self._exported = backend, exported is not None
+        self._offload: Offload | None = None
+        self._tile: int | None = None
         named = {} if exported else {"unet": parts.unet}
         for i, encoder in enumerate(parts.text_encoders):
             named["text_encoder" if i == 0 else f"text_encoder_{i + 1}"] = encoder.model
@@ -132,6 +137,53 @@ class TextToImage:
             raise PlanError(f"tolerance is {tolerance:g}, num_inference_steps {steps!r}; it goes with 'auto'")
         return chosen, steps
 
+    # --- memory -----------------------------------------------------------------------------------------------------
+
+    def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
+        """Keep the networks in the host's memory, and on ``device`` only while they run.
+
+        Text encoders, the UNet with its ControlNets, and the autoencoder take turns: the device holds the largest of
+        them and what it computes with. Calls of several threads take turns too. Load the model with ``device="cpu"``,
+        so that it is never there as a whole. Not while a call runs.
+
+        A graph would be captured anew in every call, since weights never lie where they lay: backend ``"auto"`` means
+        ``"eager"`` now.
+
+        Raises:
+            BackendError: if the device is not there.
+            PlanError: if the UNet was exported: another runtime holds its weights.
+        """
+        if self._exported:
+            raise PlanError("an exported UNet cannot be offloaded: another runtime holds its weights")
+        parts, place = self.parts, checked_device(device)
+        ops = ops_for(place)
+        for network in (parts.unet, parts.vae, *parts.controlnets, *(encoder.model for encoder in parts.text_encoders)):
+            network.to("cpu")
+        for network in (parts.unet, *parts.controlnets):
+            network.ops = ops
+        parts.vae.ops = wide(ops)
+        self.device, self._offload = place, Offload(place)
+        self.network = network_of(parts.unet, "eager" if self._backend == "auto" else self._backend, place)
+
+    def enable_vae_tiling(self, tile: int = 64) -> None:
+        """Decode in tiles of so many latents, with less memory; see docs/MODELS.md for what that changes.
+
+        Raises:
+            PlanError: if a tile is not larger than the overlap of tiles.
+        """
+        least = self.parts.vae.overlap + 1
+        if isinstance(tile, bool) or not isinstance(tile, int) or tile < least:
+            raise PlanError(f"tile is {tile!r}; allowed for this autoencoder: whole numbers from {least}")
+        self._tile = tile
+
+    def disable_vae_tiling(self) -> None:
+        """Decode in one piece again."""
+        self._tile = None
+
+    def _using(self, *networks: nn.Module) -> AbstractContextManager[None]:
+        """Where these networks may run."""
+        return nullcontext() if self._offload is None else self._offload(*networks)
+
     # --- LoRA -------------------------------------------------------------------------------------------------------
 
     def load_lora_weights(self, file: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -165,7 +217,8 @@ class TextToImage:
         texts = listed(prompt)
         encoders = self.parts.text_encoders
         prompts = [texts, listed(prompt_2 or prompt)][: len(encoders)]
-        return encode(encoders, prompts, clip_skip, self.parts.xl)
+        with self._using(*(encoder.model for encoder in encoders)):
+            return encode(encoders, prompts, clip_skip, self.parts.xl)
 
     def _texts(
         self,
@@ -252,6 +305,8 @@ class TextToImage:
         control_guidance_start: float | Sequence[float] = 0.0,
         control_guidance_end: float | Sequence[float] = 1.0,
         sampler: Planner | str | Solver | None = None,
+        cache_interval: int = 1,
+        cache_branch_id: int = 0,
         callback_on_step_end: Callable[[TextToImage, int, float, dict[str, Tensor]], Any] | None = None,
     ) -> Output:
         """Generate pictures.
@@ -296,6 +351,9 @@ class TextToImage:
             control_guidance_end: share of the steps after which it does nothing.
             sampler: what to walk with, in place of the model's scheduler: a name of ``SOLVERS``, a solver, what
                 ``from_diffusers_scheduler`` returns, or ``"calibrated"``.
+            cache_interval: step caching, lossy, see docs/GPU.md: run the whole network at every so many evaluations;
+                1 means always.
+            cache_branch_id: the skip connection above which the network runs at the others; 0 is the shallowest.
             callback_on_step_end: called as ``fn(pipe, i, timestep, {"latents": x})`` after every network evaluation.
 
         Raises:
@@ -311,14 +369,17 @@ class TextToImage:
             callback(self, i, timestep, {"latents": state.x})
 
         options = self._options(SimpleNamespace(**given))
-        if options["num_inference_steps"] == AUTO:
-            options["num_inference_steps"] = choose_steps(tolerance=tolerance, **options)
-        x = sample(
-            **options,
-            callback=None if callback is None else report,
-            ops=ops_for(self.device),
-            walk=walk_of(options["network"]),
-        )
+        with self._using(self.parts.unet, *self.parts.controlnets):
+            if options["num_inference_steps"] == AUTO:
+                options["num_inference_steps"] = choose_steps(tolerance=tolerance, **options)
+            x = sample(
+                **options,
+                callback=None if callback is None else report,
+                ops=ops_for(self.device),
+                walk=walk_of(options["network"]),
+            )
+            if self._offload is not None:
+                self.network.forget()  # what was captured reads weights that go now
         return Output(self.finish(x, output_type))
 
     @torch.no_grad()
@@ -331,9 +392,11 @@ class TextToImage:
             options: all that a call takes, but for ``output_type`` and ``callback_on_step_end``.
 
         Raises:
-            PlanError: on options that do not fit one another or this model.
+            PlanError: on options that do not fit one another or this model, and if the networks are offloaded.
             ShapeError: on pictures, sizes, latents or seeds that do not fit.
         """
+        if self._offload is not None:
+            raise PlanError("networks that are offloaded cannot be walked from outside: they are here within a call")
         given = arguments_of_a_run(self.__call__, prompt, **options)
         return ready(**self._options(SimpleNamespace(**given)), history=history)
 
@@ -380,10 +443,11 @@ class TextToImage:
         if asked.image is None and asked.strength is not None:
             raise PlanError(f"strength is {asked.strength!r} without a picture to start from: give image")
         strength = self._strength(asked.strength, asked.image, asked.mask_image)
-        given = start(
-            parts.vae, asked.image, asked.mask_image, size, strength, asked.latents, draws,
-            reads_mask=config.in_channels > parts.vae.latent_channels,
-        )  # fmt: skip
+        with nullcontext() if asked.image is None else self._using(parts.vae):
+            given = start(
+                parts.vae, asked.image, asked.mask_image, size, strength, asked.latents, draws,
+                reads_mask=config.in_channels > parts.vae.latent_channels,
+            )  # fmt: skip
         if given.concat is not None:
             cond, uncond = (
                 part and part._replace(extra={**(part.extra or {}), "concat": given.concat}) for part in (cond, uncond)
@@ -416,6 +480,8 @@ class TextToImage:
             mask_image=given.mask,
             keep="noise",
             strength=given.strength,
+            cache_interval=asked.cache_interval,
+            cache_branch_id=asked.cache_branch_id,
             device=self.device,
         )
 
@@ -426,7 +492,8 @@ class TextToImage:
     def decode(self, latents: Tensor) -> Tensor:
         """``[B, C, h, w]`` as the loop leaves them -> images ``[B, 3, H, W]``, about [-1, 1]."""
         vae = self.parts.vae
-        return vae.to_images(latents.to(next(vae.parameters()).dtype)).float()
+        with self._using(vae):
+            return vae.to_images(latents.to(self.device, next(vae.parameters()).dtype), self._tile).float()
 
     def _negative(
         self, text: Encoded, prompt: Prompt | None, prompt_2: Prompt | None, embeds: Tensor | None,

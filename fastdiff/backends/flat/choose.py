@@ -13,7 +13,7 @@ import torch
 from fastdiff.backends.times import add_times, read_times, table_file
 from fastdiff.models.unet import UNet
 
-PLAN = "plan"
+PLAN, EAGER = "plan", "eager"
 MEASURE = "FASTDIFF_MEASURE"  # "0": always the plan, the same on every machine
 REPLAYS, ROUNDS = 5, 5  # of one measurement; the best round counts
 

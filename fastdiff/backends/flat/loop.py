@@ -27,6 +27,7 @@ class LoopNetwork(FlatNetwork):
         super().__init__(unet)
         self._inside = NetworkDenoiser(self.plain())
         self._captured = Captured(self._run)
+        self.trunk.graphs.append(self._captured)
 
     @torch.no_grad()
     def walk(

@@ -74,20 +74,22 @@ class FlatPlan:
         if self.row_biases is not None:
             self.row_biases.copy_(self._row_biases())
 
-    def run(self, given: Mapping[str, Tensor], ops: Ops) -> Tensor:
+    def run(self, given: Mapping[str, Tensor], ops: Ops) -> dict[str, Tensor]:
         """Run every step.
 
         Args:
             ops: the kernels.
             given: the program's externals: ``x`` and ``control0``... ``[B, C, H, W]``, ``rows [B, P]``, and ``keys0``,
-                ``values0``... ``[B, heads, tokens, d]``.
+                ``values0``... ``[B, heads, tokens, d]``; ``deep [B, C'', H'', W'']``.
 
         Returns:
-            ``[B, C', H, W]``, channels-last.
+            ``out [B, C', H, W]``, channels-last, and the program's results, each likewise.
         """
         run = Run(self, ops)
         for name, slot in self.program.external.items():
-            if name != "out":
+            if name == "deep":
+                run.give(slot, given[name].permute(0, 2, 3, 1))
+            elif name != "out":
                 image = name == "x" or name.startswith("control")
                 run.buffers[slot] = given[name].permute(0, 2, 3, 1) if image else given[name]
         if self.row_biases is not None:
@@ -98,7 +100,8 @@ class FlatPlan:
                 run.buffers[slot] = None
         out = run.buffers[self.program.external["out"]]
         assert out is not None
-        return out.permute(0, 3, 1, 2)
+        found = {name: run.read(value.slot, value.channels) for name, value in self.program.results.items()}
+        return {name: value.permute(0, 3, 1, 2) for name, value in ({"out": out} | found).items()}
 
     def _last_uses(self) -> list[list[int]]:
         """For each step the buffers that nobody reads after it."""
@@ -110,10 +113,11 @@ class FlatPlan:
             for slot in slots:
                 if slot >= 0:
                     last[self.program.resolved(slot)[0]] = index
-        out = self.program.external["out"]
+        kept = {self.program.resolved(value.slot)[0] for value in self.program.results.values()}
+        kept.add(self.program.external["out"])
         free: list[list[int]] = [[] for _ in self.steps]
         for slot, index in last.items():
-            if slot != out:
+            if slot not in kept:
                 free[index].append(slot)
         return free
 

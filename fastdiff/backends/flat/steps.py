@@ -31,23 +31,23 @@ class Run:
         assert value is not None, f"slot {slot} is read before it is written"
         return value if value.shape[-1] == channels else value[..., offset : offset + channels]
 
-    def write(self, op: Op, value: Tensor) -> None:
-        """Keep an op's result: as it is, or in its part of a joined buffer."""
-        place = self.place(op, value)
+    def give(self, slot: int, value: Tensor) -> None:
+        """Keep a value: as it is, or copied to its part of a joined buffer."""
+        place = self.place(slot, value)
         if place is None:
-            self.buffers[op.out] = value
+            self.buffers[slot] = value
         else:
             place.copy_(value)
 
-    def place(self, op: Op, like: Tensor) -> Tensor | None:
-        """Where an op has to write, if anywhere in particular: ``[B, H, W, N]``."""
-        base, offset = self.plan.program.resolved(op.out)
+    def place(self, slot: int, like: Tensor) -> Tensor | None:
+        """Where a value has to be written, if anywhere in particular: ``[B, H, W, N]``."""
+        base, offset = self.plan.program.resolved(slot)
         if base not in self.plan.joined:
             return None
         buffer = self.buffers[base]
         if buffer is None:
             size = self.plan.joined[base]
-            buffer = self.buffers[base] = like.new_empty(op.B, size.height, size.width, size.channels)
+            buffer = self.buffers[base] = like.new_empty(len(like), size.height, size.width, size.channels)
         return buffer[..., offset : offset + like.shape[-1]]
 
     def normed(self, op: Op) -> Tensor:
@@ -82,14 +82,14 @@ def _conv(run: Run, op: Op) -> None:
     else:
         y = _slid(op, x.permute(0, 3, 1, 2), weight, own, run.ops).permute(0, 2, 3, 1)
     if op.residual < 0:
-        run.write(op, y)
+        run.give(op.out, y)
     else:
         _added(run, op, (y, bias if op.kernel > 1 else None, run.read(op.residual, op.N)))
 
 
 def _added(run: Run, op: Op, terms: tuple[Tensor, Tensor | None, Tensor]) -> None:
     """Write ``ops.add`` of some terms where the op's result belongs."""
-    place = run.place(op, terms[0])
+    place = run.place(op.out, terms[0])
     result = run.ops.add(*terms, place)
     if place is None:
         run.buffers[op.out] = result
@@ -106,7 +106,7 @@ def _slid(op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, ops: Ops) -> T
 
 def _layer_norm(run: Run, op: Op) -> None:
     x = run.read(op.src0, op.C0)
-    run.write(op, run.ops.layer_norm(x, run.plan.vectors[op.weight], run.plan.vectors[op.bias], op.eps))
+    run.give(op.out, run.ops.layer_norm(x, run.plan.vectors[op.weight], run.plan.vectors[op.bias], op.eps))
 
 
 def _attention(run: Run, op: Op) -> None:
@@ -120,7 +120,7 @@ def _attention(run: Run, op: Op) -> None:
         mixed = run.ops.attention(q.float(), k.float(), v.float()).to(q.dtype)
     else:
         mixed = run.ops.attention(q, k, v)
-    run.write(op, mixed.transpose(1, 2).reshape(op.B, op.H, op.W, op.N))
+    run.give(op.out, mixed.transpose(1, 2).reshape(op.B, op.H, op.W, op.N))
 
 
 def _heads(x: Tensor, op: Op) -> Tensor:
@@ -138,7 +138,7 @@ def _resample(run: Run, op: Op) -> None:
         result = F.interpolate(y, scale_factor=2.0, mode="nearest")
     else:
         raise PlanError(f"an image of {op.SH}x{op.SW} would become {op.H}x{op.W}; a plan halves or doubles")
-    run.write(op, result.permute(0, 2, 3, 1))
+    run.give(op.out, result.permute(0, 2, 3, 1))
 
 
 def _add(run: Run, op: Op) -> None:

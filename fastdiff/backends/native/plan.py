@@ -52,6 +52,8 @@ class Plan:
     def bind(self, tensors: Mapping[str, Tensor]) -> None:
         """Point the externals at this call's tensors, which must live until ``run`` returns."""
         for name, tensor in tensors.items():
+            if name not in self.program.external:  # keys that a cut network does not read
+                continue
             address = tensor.data_ptr()
             self.slots[self.program.external[name]] = address
             for slot, offset in self.behind.get(name, ()):

@@ -36,6 +36,8 @@ class Given(NamedTuple):
     time_rows: Tensor
     contexts: Sequence[TokenPair] = ()
     control: Sequence[Tensor] = ()
+    branch: int | None = None  # see ``lower.Shape``
+    deep: Tensor | None = None
 
     def first(self) -> Given:
         """Those of the batch's first image."""
@@ -49,16 +51,21 @@ class Given(NamedTuple):
             alike = k.shape == v.shape and k.stride() == v.stride() and k.stride(3) == 1
             contexts.append((k, v) if alike else (k.contiguous(), v.contiguous()))
         x, *control = (t.contiguous(memory_format=torch.channels_last) for t in (self.x, *self.control))
+        deep = None if self.deep is None else self.deep.contiguous(memory_format=torch.channels_last)
         keys = tuple(keys_of(i, k) for i, (k, _) in enumerate(contexts))
-        shape = Shape(tuple(x.shape), tuple(self.time_rows.shape), keys, tuple(tuple(more.shape) for more in control))
-        return Given(x, self.time_rows.contiguous(), contexts, control), shape
+        shape = Shape(
+            tuple(x.shape), tuple(self.time_rows.shape), keys, tuple(tuple(more.shape) for more in control),
+            self.branch, None if deep is None else tuple(deep.shape),
+        )  # fmt: skip
+        return Given(x, self.time_rows.contiguous(), contexts, control, self.branch, deep), shape
 
     def named(self) -> dict[str, Tensor]:
         """By the names of a program's externals."""
         named = {"x": self.x, "rows": self.time_rows}
         for i, (k, v) in enumerate(self.contexts):
             named |= {f"keys{i}": k, f"values{i}": v}
-        return named | {f"control{i}": more for i, more in enumerate(self.control)}
+        named |= {f"control{i}": more for i, more in enumerate(self.control)}
+        return named if self.deep is None else named | {"deep": self.deep}
 
 
 class NativeTrunk:
@@ -89,20 +96,35 @@ class NativeTrunk:
         differentiated = torch.is_grad_enabled() and (x.requires_grad or time_rows.requires_grad)
         if differentiated or x.dtype != torch.float32 or x.device.type != "cpu":
             return self.unet.trunk(x, time_rows, contexts, control)
-        given, shape = Given(x, time_rows, contexts, control).laid_out()
+        found = self._found(Given(x, time_rows, contexts, control))
+        return self.unet.trunk(x, time_rows, contexts, control) if found is None else found["out"]
+
+    def parted(self, x: Tensor, time_rows: Tensor, contexts: Sequence[TokenPair], branch: int) -> tuple[Tensor, Tensor]:
+        """See ``UNet.parted``."""
+        found = self._found(Given(x, time_rows, contexts, branch=branch))
+        return self.unet.parted(x, time_rows, contexts, branch) if found is None else (found["out"], found["deep"])
+
+    def shallow(self, x: Tensor, time_rows: Tensor, contexts: Sequence[TokenPair], branch: int, deep: Tensor) -> Tensor:
+        """See ``UNet.shallow``."""
+        found = self._found(Given(x, time_rows, contexts, (), branch, deep))
+        return self.unet.shallow(x, time_rows, contexts, branch, deep) if found is None else found["out"]
+
+    def _found(self, given: Given) -> dict[str, Tensor] | None:
+        """What a plan gives, by name; None where plain torch is faster."""
+        given, shape = given.laid_out()
         with self._lock:
             plan = self._plan(given, shape)
-            if plan is not None:
-                return self._run(plan, given)
-        return self.unet.trunk(x, time_rows, contexts, control)
+            return None if plan is None else self._run(plan, given)
 
-    def _run(self, plan: Plan, given: Given) -> Tensor:
+    def _run(self, plan: Plan, given: Given) -> dict[str, Tensor]:
         batch, _, height, width = given.x.shape
-        size = (batch, self.unet.config.out_channels, height, width)
-        out = torch.empty(size, memory_format=torch.channels_last)
-        plan.bind(given.named() | {"out": out})
+        sizes = {"out": (batch, self.unet.config.out_channels, height, width)}
+        for name, value in plan.program.results.items():
+            sizes[name] = (batch, value.channels, value.height, value.width)
+        found = {name: torch.empty(size, memory_format=torch.channels_last) for name, size in sizes.items()}
+        plan.bind(given.named() | found)
         plan.run()
-        return out
+        return found
 
     def profile(
         self, x: Tensor, time_rows: Tensor, contexts: Sequence[TokenPair] = (), *, rounds: int = 7
@@ -150,13 +172,14 @@ class NativeTrunk:
             if size not in self._choices:
                 self._choices[size] = self._choose(*given.first().laid_out())
             choices = self._choices[size]
-            self._plans[key] = None if choices is None else self._made(program, choices)
+            self._plans[key] = None if choices is None else self._made(program, picked(program, choices))
             while len(self._plans) > PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         return self._plans[key]
 
     def _made(self, program: Program, choices: Sequence[Choice]) -> Plan:
+        program.hand_out()
         weights = {}
         for op, choice in zip(products(program), choices, strict=True):
             op.algorithm, op.packed = choice
@@ -236,7 +259,7 @@ class NativeTrunk:
             begin = time.perf_counter()
             self._run(plan, given)
             between = time.perf_counter()
-            self.unet.trunk(*given)
+            self.unet.trunk(given.x, given.time_rows, given.contexts, given.control)
             end = time.perf_counter()
             times = {"native": min(times["native"], between - begin), "eager": min(times["eager"], end - between)}
         return times
@@ -246,7 +269,7 @@ class NativeTrunk:
         report = {}
         for (height, width, threads), choices in self._choices.items():
             name = f"{height}x{width}, {threads} threads"
-            shapes = [shape for shape, _ in self._plans if shape.x[2:] == (height, width)]
+            shapes = [shape for shape, _ in self._plans if shape.x[2:] == (height, width) and shape.branch is None]
             if choices is None or not shapes:
                 report[name] = {"all": "plain torch, which was faster" if choices is None else "not in memory now"}
                 continue
@@ -260,13 +283,22 @@ def products(program: Program) -> list[Op]:
     return [op for op in program.ops if op.kind == CONV]
 
 
+def picked(program: Program, choices: list[Choice]) -> list[Choice]:
+    """Those of the whole network's choices that belong to a program, which may lack the layers below a cut."""
+    if program.cut is None:
+        return choices
+    above = sum(op.kind == CONV for op in program.ops[program.cut :])
+    return choices[: len(products(program)) - above] + choices[len(choices) - above :]
+
+
 class NativeNetwork(UNetNetwork):
     """A ``UNetNetwork`` whose trunk is a plan; see ``NativeTrunk``."""
 
     trunk: NativeTrunk
 
     def __init__(self, unet: UNet, never_slower: bool = False):
-        super().__init__(unet, NativeTrunk(unet, never_slower))
+        trunk = NativeTrunk(unet, never_slower)
+        super().__init__(unet, trunk, trunk.parted, trunk.shallow)
 
     def prepare(self, cond: Cond, times: Tensor) -> Prepared:
         """See ``Network.prepare``."""
