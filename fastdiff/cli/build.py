@@ -8,8 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fastdiff.cli.common import show
-from fastdiff.cli.generate import DTYPES
+from fastdiff.cli.common import DTYPES, show
 from fastdiff.errors import BackendError, PlanError
 from fastdiff.models.weights import load_model
 from fastdiff.pipeline import resolve

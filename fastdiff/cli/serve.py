@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
-from fastdiff.backends import BACKENDS
-from fastdiff.cli.common import show
-from fastdiff.cli.generate import DTYPES
+from fastdiff.cli.common import DTYPES, add_ray_options, add_running_options, scale_of, show, source_of
 from fastdiff.errors import BackendError, PlanError
 from fastdiff.pipeline import Pipeline, resolve
 from fastdiff.text_to_image import TextToImage
 
 EXAMPLE = """\
 Try it:
-  fastdiff serve --model digits
+  fastdiff serve --model digits            (with replicas on this machine's cores or GPUs: --ray)
   open http://127.0.0.1:8000 in a browser, or
   curl http://127.0.0.1:8000/v1/images/generations -H 'Content-Type: application/json' \\
        -d '{"class_label": 3, "seed": 1}'
@@ -47,10 +44,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
     for name, (metavar, text) in NUMBERS.items():
         add("--" + name.replace("_", "-"), type=float if metavar == "SECONDS" else int, metavar=metavar, help=text)
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"], help="JSON lines on stderr")
-    add("--device", default="cpu", choices=["cpu", "cuda"])
-    add("--dtype", default="float32", choices=sorted(DTYPES))
-    add("--backend", default="auto", choices=sorted(BACKENDS))
-    add("--artifact", type=Path, help="exported file, for backends that run one")
+    add_running_options(command)
+    add("--ray", nargs="?", const="local", metavar="ADDRESS",
+        help="serve from replicas on Ray: a cluster of its own on this machine, or the one at ADDRESS")  # fmt: skip
+    add_ray_options(command, "replicas")
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -62,28 +59,41 @@ def serve(options: argparse.Namespace) -> int:
         from fastdiff.serve.settings import Settings
     except ImportError as error:
         raise BackendError(f"serve needs {error.name}: pip install 'fastdiff[serve]'") from error
+    if options.ray is None and (options.workers or options.cores):
+        raise PlanError("--replicas and --cpus-per-replica belong to --ray")
     try:
         settings = Settings(**_given(options))
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]).replace("_", "-")
         raise PlanError(f"--{name} is {first['input']!r}; {first['msg'].lower()}") from error
-    pipe = Pipeline.from_pretrained(
-        options.model, device=options.device, dtype=DTYPES[options.dtype], backend=options.backend,
-        artifact=options.artifact,
-    )  # fmt: skip
-    if isinstance(pipe, TextToImage):
-        raise PlanError(f"{options.model} is a text-to-image model; serve does not take those yet")
     name = options.name or resolve(options.model).resolve().name
 
     def ready(url: str) -> None:
         show(options, {"url": url, "model": name}, f"{name} is served at {url} (Ctrl-C ends it)")
 
     try:
-        run(pipe, name, settings, options.log_level, ready)
+        if options.ray is not None:
+            from fastdiff.serve.ray.run import run as run_on_ray
+
+            run_on_ray(
+                source_of(options), name, settings, scale_of(options), options.log_level, ready, address=options.ray
+            )
+        else:
+            run(_pipeline(options), name, settings, options.log_level, ready)
     except KeyboardInterrupt:  # raised once more when all requests were finished
         pass
     return 0
+
+
+def _pipeline(options: argparse.Namespace) -> Pipeline:
+    pipe = Pipeline.from_pretrained(
+        options.model, device=options.device, dtype=DTYPES[options.dtype], backend=options.backend,
+        artifact=options.artifact,
+    )  # fmt: skip
+    if isinstance(pipe, TextToImage):
+        raise PlanError(f"{options.model} is a text-to-image model; serve does not take those yet")
+    return pipe
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 
 import uvicorn
+from fastapi import FastAPI
 
 from fastdiff.engine import Engine
 from fastdiff.pipeline import Pipeline
@@ -38,9 +39,7 @@ def run(pipeline: Pipeline, name: str, settings: Settings, level: str, ready: Ca
     config = log_config(level)
     logging.config.dictConfig(config)
     with listen(settings) as listening:
-        metrics = Metrics()
-        engine = Engine(pipeline, max_batch=settings.max_batch, max_queue=settings.max_queue, watch=metrics.turn)
-        app = create_app(engine, ClassConditional(pipeline, name), settings, metrics)
+        engine, app = assemble(pipeline, name, settings)
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -53,8 +52,7 @@ def run(pipeline: Pipeline, name: str, settings: Settings, level: str, ready: Ca
                 timeout_graceful_shutdown=max(1, round(settings.drain)),
             )  # fmt: skip
         )
-        if settings.api_key is None and not loopback(settings.host):
-            log.warning("everybody who can reach %s may use this server: it has no API key", settings.host)
+        warn_of_strangers(settings)
         url = url_of(listening)
         log.info("ready", extra={"facts": {"url": url, "model": name, "batching": engine.promises()}})
         ready(url)
@@ -64,6 +62,23 @@ def run(pipeline: Pipeline, name: str, settings: Settings, level: str, ready: Ca
         finally:
             signal.signal(signal.SIGTERM, handled)
             engine.close(drain=False)
+
+
+def assemble(pipeline: Pipeline, name: str, settings: Settings) -> tuple[Engine, FastAPI]:
+    """An engine, and the application in front of it.
+
+    Raises:
+        BackendError: if the model cannot be served.
+    """
+    metrics = Metrics()
+    engine = Engine(pipeline, max_batch=settings.max_batch, max_queue=settings.max_queue, watch=metrics.turn)
+    return engine, create_app(engine, ClassConditional(pipeline, name), settings, metrics)
+
+
+def warn_of_strangers(settings: Settings) -> None:
+    """Say so where others may use a server."""
+    if settings.api_key is None and not loopback(settings.host):
+        log.warning("everybody who can reach %s may use this server: it has no API key", settings.host)
 
 
 def _end(*_: object) -> None:
@@ -92,7 +107,11 @@ def listen(settings: Settings) -> socket.socket:
 
 def url_of(listening: socket.socket) -> str:
     """Where a socket is reached."""
-    host, port = listening.getsockname()[:2]
+    return url_at(*listening.getsockname()[:2])
+
+
+def url_at(host: str, port: int) -> str:
+    """A host and a port as a URL."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

@@ -1,0 +1,101 @@
+"""``fastdiff serve --ray``: from settings to a deployment that serves, and ends when it is told to."""
+
+from __future__ import annotations
+
+import logging.config
+import threading
+from collections.abc import Callable
+
+from fastdiff.errors import BackendError, PlanError
+from fastdiff.serve.logs import log_config
+from fastdiff.serve.ray.cluster import LOCAL, Scale, Share, cluster, fit, last_line
+from fastdiff.serve.ray.cluster import check as check_scale
+from fastdiff.serve.ray.front import IMPORT_PATH
+from fastdiff.serve.ray.replica import NAME, application
+from fastdiff.serve.ray.source import Source
+from fastdiff.serve.run import listen, log, url_at, warn_of_strangers
+from fastdiff.serve.settings import Settings
+
+FRONT = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+
+
+def run(
+    source: Source,
+    name: str,
+    settings: Settings,
+    scale: Scale,
+    level: str,
+    ready: Callable[[str], None],
+    address: str = LOCAL,
+) -> None:
+    """Serve a model from a Ray cluster until ``KeyboardInterrupt``; replicas finish what they draw first.
+
+    Args:
+        source: the model.
+        name: what clients call it.
+        settings: how to listen, and limits.
+        scale: how many replicas, and what each takes.
+        level: of the log.
+        ready: called with the URL once the first replicas serve.
+        address: of the cluster, see ``cluster``; one that runs keeps running, less this application.
+
+    Raises:
+        BackendError: if there is no such cluster, or no replica can be started.
+        PlanError: if not even the least number of replicas fits.
+        OSError: if the address to listen at cannot be had on this machine.
+    """
+    check_scale(scale)
+    source = source.located()
+    logging.config.dictConfig(log_config(level))
+    if address == LOCAL:
+        settings = settings.model_copy(update={"port": _free(settings)})
+    elif settings.port == 0:
+        raise PlanError("--port is 0; allowed on a cluster that runs: 1 to 65535, the same on every machine")
+    warn_of_strangers(settings)
+    with cluster(address, variables=_variables(settings, address)):
+        share = fit(scale, wait=address != LOCAL)
+        try:
+            _deploy(source, name, settings, share, level)
+            url = url_at(settings.host, settings.port)
+            log.info("ready", extra={"facts": {"url": url, "model": name, **share._asdict()}})
+            ready(url)
+            threading.Event().wait()
+        finally:
+            _end(address)
+
+
+def _free(settings: Settings) -> int:
+    """The port to listen at: Ray's proxy says little where it cannot have it, and takes no "any"."""
+    with listen(settings) as listening:
+        return int(listening.getsockname()[1])
+
+
+def _variables(settings: Settings, address: str) -> dict[str, str]:
+    """What the proxies have to know. Not the key where others can read it: replicas get that with their settings."""
+    limits = ("max_body", "body_timeout", "max_requests")
+    told = {f"FASTDIFF_SERVE_{limit.upper()}": str(getattr(settings, limit)) for limit in limits}
+    if settings.api_key is not None and address == LOCAL:
+        told["FASTDIFF_SERVE_API_KEY"] = settings.api_key.get_secret_value()
+    return told | {FRONT: IMPORT_PATH}
+
+
+def _deploy(source: Source, name: str, settings: Settings, share: Share, level: str) -> None:
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel("WARNING")
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=quiet)
+    try:
+        serve.run(application(source, name, settings, share, level), name=NAME, route_prefix="/")
+    except RuntimeError as error:
+        message = serve.status().applications[NAME].deployments["Images"].message
+        raise BackendError(f"no replica could be started: {last_line(RuntimeError(message))}") from error
+
+
+def _end(address: str) -> None:
+    from ray import serve
+
+    if address == LOCAL:
+        serve.shutdown()
+    else:
+        serve.delete(NAME)
