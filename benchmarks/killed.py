@@ -21,8 +21,8 @@ from fastdiff.benchmarks.bars import Bar, at_least, at_most
 from fastdiff.benchmarks.churn import ask, picture
 from fastdiff.benchmarks.server_process import REAL, Server, server
 from fastdiff.engine import Engine
-from fastdiff.pipeline import Pipeline
 from fastdiff.serve.encode import encode
+from fastdiff.serve.ray.source import Source
 
 REPLICA, WORKER = "ray::ServeReplica", "ray::MapWorker"  # names of Ray's processes
 CLIENTS = 12  # at once
@@ -71,17 +71,10 @@ def requests() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def unkilled(bodies: Sequence[dict[str, Any]], threads: int) -> list[str]:
-    """What an engine in this process draws for requests, in base64."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        pipe = Pipeline.from_pretrained("digits")
-        with Engine(pipe) as engine:
-            tickets = [engine.submit(**{k: v for k, v in body.items() if k != "stream"}) for body in bodies]
-            return [encode(engine.images(ticket.result(), "pil")[0], "png", None) for ticket in tickets]
-    finally:
-        torch.set_num_threads(before)
+def pictures(engine: Engine, bodies: Sequence[dict[str, Any]]) -> list[str]:
+    """What an engine that nobody kills draws for requests, in base64."""
+    tickets = [engine.submit(**{k: v for k, v in body.items() if k != "stream"}) for body in bodies]
+    return [encode(engine.images(ticket.result(), "pil")[0], "png", None) for ticket in tickets]
 
 
 def outcome(answer: bytes, expected: str) -> str:
@@ -95,9 +88,9 @@ def outcome(answer: bytes, expected: str) -> str:
     return "image" if got == expected else f"wrong: {got[:80]}"
 
 
-async def under_load(running: Server, kills: int, expected: Sequence[str], seed: int = 0) -> Load:
+async def under_load(running: Server, kills: int, expected: Sequence[str], key: str = "") -> Load:
     """Kill replicas while clients ask; who is told that a replica was lost asks again."""
-    bodies, draw, outcomes = requests(), random.Random(seed), Counter[str]()
+    bodies, draw, outcomes = requests(), random.Random(0), Counter[str]()
     asked, going = 0, True
 
     async def client() -> None:
@@ -107,7 +100,9 @@ async def under_load(running: Server, kills: int, expected: Sequence[str], seed:
             kind = draw.randrange(KINDS) if again is None else again
             name, asked = f"asked-{asked}", asked + 1
             try:
-                told = outcome(await ask(running, bodies[kind], name=name), expected[kind])
+                told = outcome(
+                    await ask(running, bodies[kind], x_request_id=name, authorization=f"Bearer {key}"), expected[kind]
+                )
             except (TimeoutError, OSError) as error:
                 told = f"wrong: {type(error).__name__}"
             outcomes[told] += 1
@@ -152,7 +147,10 @@ def finished(log: Path) -> Counter[str]:
 
 def replicas_killed(quick: bool, report: dict[str, Any]) -> Iterator[Bar]:
     """The server on Ray, with replicas killed under load."""
-    expected = unkilled(requests(), threads=1)
+    before = torch.get_num_threads()
+    with Engine(Source("digits").load(threads=1)) as engine:
+        expected = pictures(engine, requests())
+    torch.set_num_threads(before)
     with server(REAL, "--ray", "--replicas", "2", "--cpus-per-replica", "1") as running:
         found = asyncio.run(under_load(running, 2 if quick else 12, expected))
         processes = below(running.process.pid)

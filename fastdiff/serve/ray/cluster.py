@@ -89,7 +89,7 @@ def cluster(
     Raises:
         BackendError: if ray is not installed, too old, or there is no such cluster.
     """
-    _installed()
+    installed()
     before = dict(os.environ)
     os.environ.setdefault(TOKEN_MODE, "token")
     if os.environ[TOKEN_MODE] != "token":
@@ -133,7 +133,12 @@ def _connect(address: str, cores: int | None, variables: Mapping[str, str]) -> N
         raise BackendError(f"Ray at {address}: {last_line(error)}{hint}") from error
 
 
-def _installed() -> None:
+def installed() -> None:
+    """Refuse to go on without ray.
+
+    Raises:
+        BackendError: if it is not installed, or too old.
+    """
     if importlib.util.find_spec("ray") is None:
         raise BackendError("this needs ray: pip install 'fastdiff[ray]'")
     from importlib.metadata import version

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from fastdiff.errors import BackendError, PlanError
 from fastdiff.serve.logs import log_config
-from fastdiff.serve.ray.cluster import LOCAL, Scale, Share, cluster, fit, last_line
+from fastdiff.serve.ray.cluster import LOCAL, Scale, Share, cluster, fit, installed, last_line
 from fastdiff.serve.ray.cluster import check as check_scale
 from fastdiff.serve.ray.front import IMPORT_PATH
 from fastdiff.serve.ray.replica import NAME, application
@@ -40,17 +40,18 @@ def run(
         address: of the cluster, see ``cluster``; one that runs keeps running, less this application.
 
     Raises:
-        BackendError: if there is no such cluster, or no replica can be started.
+        BackendError: if ray is not installed, there is no such cluster, or no replica can be started.
         PlanError: if not even the least number of replicas fits.
         OSError: if the address to listen at cannot be had on this machine.
     """
+    installed()
     check_scale(scale)
     source = source.located()
-    logging.config.dictConfig(log_config(level))
     if address == LOCAL:
         settings = settings.model_copy(update={"port": _free(settings)})
     elif settings.port == 0:
         raise PlanError("--port is 0; allowed on a cluster that runs: 1 to 65535, the same on every machine")
+    logging.config.dictConfig(log_config(level))
     warn_of_strangers(settings)
     with cluster(address, variables=_variables(settings, address)):
         share = fit(scale, wait=address != LOCAL)
