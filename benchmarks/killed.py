@@ -59,7 +59,18 @@ def _name(process: psutil.Process) -> str:
 
 def still_there(processes: Sequence[psutil.Process], seconds: float = 90.0) -> int:
     """How many of some processes have not ended after a while; two of Ray's look for their parent every half minute."""
-    return len(psutil.wait_procs(processes, timeout=seconds)[1])
+    end = time.monotonic() + seconds
+    while (count := sum(map(_runs, processes))) and time.monotonic() < end:
+        time.sleep(0.2)
+    return count
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Does it run? A dead one may stay in the list where nobody asks for its exit code."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def requests() -> list[dict[str, Any]]:

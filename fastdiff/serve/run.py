@@ -48,6 +48,7 @@ def run(pipeline: Pipeline, name: str, settings: Settings, level: str, ready: Ca
                 server_header=False,
                 ws="none",
                 http="h11",
+                loop="asyncio",  # not whatever else may be installed: the socket above is made for it
                 lifespan="on",
                 timeout_graceful_shutdown=max(1, round(settings.drain)),
             )  # fmt: skip

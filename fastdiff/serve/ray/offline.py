@@ -64,9 +64,8 @@ def draw(
         counts.update(found["outcome"])
         failed |= {name: why for name, why in zip(found["name"], found["error"], strict=True) if why}
         progress(len(found["name"]))
-    if not failed:
-        for part in parts_of(out):
-            part.unlink(missing_ok=True)
+    for part in parts_of(out):
+        part.unlink(missing_ok=True)
     assert counts[FAILED] == len(failed) and counts.total() == len(rows)
     return Offline(counts[DRAWN], counts[KEPT], failed)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging.config
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastdiff.errors import BackendError, PlanError
 from fastdiff.serve.logs import log_config
@@ -12,9 +12,6 @@ from fastdiff.serve.ray.source import Source
 from fastdiff.serve.run import assemble
 from fastdiff.serve.settings import Settings
 from fastdiff.text_to_image import TextToImage
-
-if TYPE_CHECKING:
-    from ray.serve import Application
 
 NAME = "fastdiff"
 COMPANY = 2  # requests in a replica for each place of its network: half of them wait, ready to join the batch
@@ -47,8 +44,8 @@ class Replica:
             raise BackendError("the engine has stopped")
 
 
-def application(source: Source, name: str, settings: Settings, share: Share, level: str = "info") -> Application:
-    """The server for ``ray.serve.run``.
+def application(source: Source, name: str, settings: Settings, share: Share, level: str = "info") -> Any:
+    """The server as a ``ray.serve.Application``, for ``ray.serve.run``.
 
     A replica takes ``COMPANY`` requests for each place of its network at once; up to ``settings.max_queue`` more wait
     at each proxy, and those beyond are told when to come again.

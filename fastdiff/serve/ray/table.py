@@ -6,13 +6,10 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from fastdiff.errors import ArtifactError, PlanError
 from fastdiff.serve.schema import MAX_SEED
-
-if TYPE_CHECKING:
-    import pyarrow
 
 # column: type of Arrow. All but the name and the seed are options of ``Engine.submit``.
 COLUMNS = {
@@ -71,7 +68,8 @@ def read_table(file: Path, seed: int = 0, usual: Mapping[str, Any] | None = None
     return rows
 
 
-def _read(file: Path) -> pyarrow.Table:
+def _read(file: Path) -> Any:
+    """A file as a ``pyarrow.Table`` with the types of ``COLUMNS``."""
     import pyarrow
     from pyarrow import csv, parquet
     from pyarrow import json as lines
@@ -80,7 +78,9 @@ def _read(file: Path) -> pyarrow.Table:
     try:
         if file.suffix == ".csv":
             # text is as it stands, but an empty field is none: a row without a prompt, or with the usual sampler
-            kept = csv.ConvertOptions(column_types=schema, strings_can_be_null=True, quoted_strings_can_be_null=False)
+            kept = csv.ConvertOptions(
+                column_types=schema, null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False
+            )
             return csv.read_csv(file, parse_options=csv.ParseOptions(newlines_in_values=True), convert_options=kept)
         if file.suffix == ".jsonl":
             return lines.read_json(file, parse_options=lines.ParseOptions(explicit_schema=schema))
