@@ -319,6 +319,12 @@ def test_a_ray_that_is_too_old_is_refused(monkeypatch):
         pass
 
 
+def test_a_cluster_that_is_not_there_is_refused():
+    with pytest.raises(BackendError, match=r"^Ray at 127\.0\.0\.1:9: \[Errno \d+\] Connection refused$"):
+        with cluster("127.0.0.1:9"):
+            pass
+
+
 def test_what_went_wrong_elsewhere_is_found_in_its_traceback():
     text = 'Traceback ...\n  File "x"\nfastdiff.errors.ArtifactError: a: no such model\nray.exceptions: the actor died'
     assert last_line(RuntimeError(text)) == "a: no such model"

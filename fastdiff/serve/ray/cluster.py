@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from fastdiff.errors import BackendError, PlanError
 LOCAL = "local"
 ENDING = (signal.SIGINT, signal.SIGTERM)
 LEAST_RAY = "2.60"
+KNOCK_SECONDS = 5.0
 CORES = 4  # of a worker without a GPU, unless somebody says otherwise
 STDERR = "ext://sys.__stderr__"  # of Ray's processes: Ray Serve puts another in its place, which leads to files
 TOKEN_MODE, TOKEN, TOKEN_FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
@@ -127,10 +129,18 @@ def _connect(address: str, cores: int | None, variables: Mapping[str, str]) -> N
         if address == LOCAL:
             ray.init(address=LOCAL, num_cpus=cores, include_dashboard=False, logging_level="WARNING")
         else:
+            _knock(address)
             ray.init(address=address, runtime_env={"env_vars": dict(variables)}, logging_level="WARNING")
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         hint = f" (a cluster that asks for no token: {TOKEN_MODE}=disabled)" if "oken" in str(error) else ""
         raise BackendError(f"Ray at {address}: {last_line(error)}{hint}") from error
+
+
+def _knock(address: str) -> None:
+    """See whether anybody listens at ``host:port``: Ray itself would try for a minute."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
 
 
 def installed() -> None:
