@@ -267,6 +267,22 @@ def test_a_worker_draws_what_is_missing_with_the_engines_bits(tmp_path):
     assert other(columns(rows[:1]))["outcome"] == ["drawn"], "files of another model do not count"
 
 
+def test_prompts_are_drawn_too(tmp_path):
+    pytest.importorskip("transformers", reason="text encoders need transformers (pip install 'fastdiff[text]')")
+    pytest.importorskip("diffusers", reason="the tiny model is made with diffusers (pip install 'fastdiff[test]')")
+    import tiny_pipelines as tiny
+
+    tiny.stable_diffusion(tmp_path).save_pretrained(tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    rows = [Row(name, 1, {"prompt": name, "negative_prompt": "red", **STEPS}) for name in ("cat", "dog")]
+    source = Source(str(tmp_path / "model"), backend="eager")
+    worker = Painter(source, source.digest(), tmp_path / "out", 4, 1)
+    assert worker(columns([*rows, Row("label", 1, {"class_label": 3})]))["outcome"] == ["drawn", "drawn", "failed"]
+    pictures = [Image.open(tmp_path / "out" / f"{name}.png") for name in ("cat", "dog")]
+    assert {picture.mode for picture in pictures} == {"RGB"} and pictures[0].tobytes() != pictures[1].tobytes()
+    assert json.loads(pictures[0].info["row"])["prompt"] == "cat"
+
+
 def test_a_model_is_known_by_what_its_files_hold(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()

@@ -17,6 +17,7 @@ from fastdiff.serve.ray.source import Source
 from fastdiff.serve.ray.table import Row
 
 ROWS = 8  # in a task for each place of the network: few are lost with a worker, and its batch stays full
+TRIES = 3  # to start a worker that dies
 
 
 class Offline(NamedTuple):
@@ -83,7 +84,8 @@ def _run(rows: Sequence[Row], painter: dict[str, Any], share: Share, most: int) 
                        "options": [json.dumps(row.options) for row in part]})
         for part in parts
     ]  # fmt: skip
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars, context.max_consecutive_actor_init_deaths = False, TRIES
     logging.getLogger("ray.data").setLevel("ERROR")
     pool = ray.data.ActorPoolStrategy(min_size=share.least, max_size=max(share.least, min(share.most, len(parts))))
     made = ray.data.from_arrow(tables).map_batches(
