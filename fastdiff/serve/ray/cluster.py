@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from fastdiff.errors import BackendError, PlanError
+from fastdiff.serve.run import loopback
 
 LOCAL = "local"
 ENDING = (signal.SIGINT, signal.SIGTERM)
@@ -107,6 +108,8 @@ def cluster(
         try:
             _connect(address, cores, variables)
             _handle(dict.fromkeys(ENDING, signal.default_int_handler))
+            if address == LOCAL and not all(loopback(node["NodeManagerAddress"]) for node in ray.nodes()):
+                raise BackendError("the cluster would listen to other machines too: import ray after it, not before")
             yield
         finally:
             ray.shutdown()

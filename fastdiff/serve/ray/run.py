@@ -88,9 +88,10 @@ def _deploy(source: Source, name: str, settings: Settings, share: Share, level: 
     serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=quiet)
     try:
         serve.run(application(source, name, settings, share, level), name=NAME, route_prefix="/")
-    except RuntimeError as error:
-        message = serve.status().applications[NAME].deployments["Images"].message
-        raise BackendError(f"no replica could be started: {last_line(RuntimeError(message))}") from error
+    except (RuntimeError, serve.exceptions.RayServeException) as error:
+        found = serve.status().applications.get(NAME)
+        why = RuntimeError(found.deployments["Images"].message) if found and found.deployments else error
+        raise BackendError(f"no replica could be started: {last_line(why)}") from error
 
 
 def _end(address: str) -> None:
