@@ -198,6 +198,7 @@ def test_text_of_a_table_is_taken_as_it_stands(tmp_path):
         ("t.csv", "seed\n-1\n", PlanError, "row 0: seed is -1; allowed: from 0 on"),
         ("t.csv", "seed,num_inference_steps\n1,0\n", PlanError, "row 0: num_inference_steps is 0; allowed: from 1 on"),
         ("t.csv", "seed,guidance_scale\n1,nan\n", PlanError, "row 0: guidance_scale is nan"),
+        ("t.csv", "class_label,prompt\n1,a\n", PlanError, "row 0: class_label and prompt; allowed: one of them"),
         ("t.csv", "seed,name\n1,a\n2,a\n", PlanError, "row 1: name a is that of row 0 too"),
         ("t.csv", "seed,name\n1,../a\n", PlanError, "row 0: name '../a'; allowed"),
         ("t.csv", "seed\nmany\n", ArtifactError, "t.csv: "),

@@ -450,7 +450,7 @@ def listed(prompt: Prompt) -> list[str]:
     Raises:
         PlanError: if it is neither a text nor a list of texts.
     """
-    found = [prompt] if isinstance(prompt, str) else list(prompt)
+    found = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else []
     if not found or not all(isinstance(text, str) for text in found):
         raise PlanError(f"prompt is {prompt!r}; allowed: a text, or a list of texts")
     return found

@@ -106,10 +106,13 @@ def cluster(
         import ray
 
         try:
-            _connect(address, cores, variables)
+            with _nowhere_else(address):
+                _connect(address, cores, variables)
             _handle(dict.fromkeys(ENDING, signal.default_int_handler))
             if address == LOCAL and not all(loopback(node["NodeManagerAddress"]) for node in ray.nodes()):
-                raise BackendError("the cluster would listen to other machines too: import ray after it, not before")
+                raise BackendError(
+                    "the cluster listens to other machines too, and is ended: this ray is not as expected"
+                )
             yield
         finally:
             ray.shutdown()
@@ -117,6 +120,19 @@ def cluster(
         _handle(handled)  # Ray puts its own in their place
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextmanager
+def _nowhere_else(address: str) -> Iterator[None]:
+    """Have ray take the loopback's address for that of this machine, also where somebody imported it before."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = before and address != LOCAL
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _handle(handlers: Mapping[signal.Signals, Any]) -> None:

@@ -96,6 +96,8 @@ def _row(file: Path, i: int, found: Mapping[str, Any], seed: int, usual: Mapping
     for key, least in LEAST.items():
         if key in given and not least <= given[key] <= MAX_SEED:
             raise PlanError(f"{file}, row {i}: {key} is {given[key]}; allowed: from {least} on")
+    if "prompt" in given and "class_label" in given:
+        raise PlanError(f"{file}, row {i}: class_label and prompt; allowed: one of them, as the model takes")
     name = given.pop("name", f"{i:08d}")
     if not NAME.fullmatch(name):
         raise PlanError(f"{file}, row {i}: name {ascii(name)[:60]}; allowed: up to 200 of A-Z a-z 0-9 _ - and, "
