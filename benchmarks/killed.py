@@ -226,7 +226,7 @@ def differing(one: Path, other: Path) -> int:
 
 def batch_killed(quick: bool, report: dict[str, Any]) -> Iterator[Bar]:
     """An offline run whose driver and workers are killed, beside one that nobody touched."""
-    rows, drivers, workers = (160, 2, 1) if quick else (2000, 8, 8)
+    rows, drivers, workers = (120, 1, 1) if quick else (2000, 8, 8)
     draw, killed = random.Random(1), Counter[str]()
     orphans: list[psutil.Process] = []
     with tempfile.TemporaryDirectory() as folder:
