@@ -26,7 +26,7 @@ from fastdiff.serve.ray.source import Source
 
 REPLICA, WORKER = "ray::ServeReplica", "ray::MapWorker"  # names of Ray's processes
 CLIENTS = 12  # at once
-KINDS = 40  # different requests
+KINDS = 16  # different requests
 SAMPLERS = ("ddim", "dpmpp_2m", "flow_map", "ddpm")
 PAUSE = (0.5, 3.0)  # seconds of load before a kill
 PATIENCE = 120.0  # seconds for processes to come or go
@@ -76,7 +76,7 @@ def _runs(process: psutil.Process) -> bool:
 def requests() -> list[dict[str, Any]]:
     """Different requests, long enough to be killed on the way; every fourth is a stream."""
     return [
-        {"class_label": i % 10, "seed": i, "num_inference_steps": 16, "sampler": SAMPLERS[i % len(SAMPLERS)],
+        {"class_label": i % 10, "seed": i, "num_inference_steps": 12, "sampler": SAMPLERS[i % len(SAMPLERS)],
          "guidance_scale": 1.0 + i % 2, "stream": i % 4 == 0}
         for i in range(KINDS)
     ]  # fmt: skip
