@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.benchmarks import bench_engine
+from fastdiff.benchmarks import bench_engine, killed
 from fastdiff.benchmarks.bars import Bar, at_most, command, suite
 from fastdiff.benchmarks.churn import churn
 from fastdiff.benchmarks.environment import environment
@@ -24,7 +24,8 @@ from fastdiff.pipeline import Pipeline
 START_SECONDS = 5.0
 GROWTH_MIB = 64.0  # of the peak, whatever was sent
 DRIFT = 0.01  # of the memory held after the crowd has gone
-SUITES = ("tests/test_engine.py", "tests/test_serve.py", "tests/test_serve_prompts.py", "tests/test_serve_live.py")
+SUITES = ("tests/test_engine.py", "tests/test_serve.py", "tests/test_serve_prompts.py", "tests/test_serve_live.py",
+          "tests/test_ray.py")  # fmt: skip
 MIX: tuple[dict[str, Any], ...] = (
     {"sampler": "flow_map", "num_inference_steps": 4},
     {"sampler": "ddim", "num_inference_steps": 10, "guidance_scale": 2.0, "eta": 0.5},
@@ -120,6 +121,7 @@ def bars(quick: bool, report: dict[str, Any]) -> Iterator[Bar]:
     yield from start()
     yield from hostile(quick)
     yield from crowd(quick, report)
+    yield from killed.bars(quick, report)
     yield from bench_engine.bars(quick, report)
     yield suite("the engine's and the server's own tests", *SUITES)
 

@@ -47,11 +47,19 @@ def kinds() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-async def ask(server: Server, body: dict[str, Any], patience: float | None = None) -> bytes:
-    """The whole of what a server sends, until it closes the connection; less, if patience runs out."""
+async def ask(server: Server, body: dict[str, Any], patience: float | None = None, **headers: str) -> bytes:
+    """The whole of what a server sends, until it closes the connection; less, if patience runs out.
+
+    Args:
+        server: to ask.
+        body: of the request.
+        patience: in seconds.
+        headers: of the request, with underscores for hyphens.
+    """
     text = json.dumps(body).encode()
+    more = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
     head = (f"POST {URL} HTTP/1.1\r\nhost: {server.host}\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(text)}\r\nconnection: close\r\n\r\n")  # fmt: skip
+            f"content-length: {len(text)}\r\nconnection: close\r\n{more}\r\n")  # fmt: skip
     reader, writer = await asyncio.open_connection(server.host, server.port)
     try:
         writer.write(head.encode() + text)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -120,3 +122,27 @@ def grown(x: Tensor, batch: int, name: str) -> Tensor:
     if batch % x.shape[0]:
         raise ShapeError(f"{name} holds {x.shape[0]} pictures for {batch} images; allowed: a divisor of that")
     return x.repeat(batch // x.shape[0], *[1] * (x.dim() - 1))
+
+
+def save_png(image: Image.Image, file: Path, facts: Mapping[str, str]) -> Path:
+    """Write a PNG that says how it was made; it appears whole or not at all, whoever else writes the same file.
+
+    A process that is killed may leave a file of its own behind, see ``parts_of``.
+    """
+    from PIL import PngImagePlugin
+
+    text = PngImagePlugin.PngInfo()
+    for name, value in facts.items():
+        text.add_text(name, value)
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
+    try:
+        image.save(temporary, format="PNG", pnginfo=text)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return file
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """What killed processes left of pictures that they were writing to a folder."""
+    return list(folder.glob(".*.png.????????.part"))

@@ -272,6 +272,16 @@ def test_writers_of_the_table_lose_nothing(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["times.json", "times.lock"]
 
 
+def test_who_measured_first_is_believed_by_all(tmp_path):
+    """Processes that start together with an empty table have to choose alike: a choice decides the bits."""
+    file = tmp_path / "times.json"
+    assert add_times(file, {"layer": {"direct": 1.0, "winograd2": 2.0}}) == read_times(file)
+    late = add_times(file, {"layer": {"direct": 2.0, "winograd4": 0.5}, "other": {"direct": 3.0}})
+    first = {"direct": 1.0, "winograd2": 2.0, "winograd4": 0.5}
+    assert late == read_times(file) == {"layer": first, "other": {"direct": 3.0}}
+    assert add_times(tmp_path / "nowhere" / "times.json", {"layer": {"direct": 2.0}}) == {"layer": {"direct": 2.0}}
+
+
 def test_a_killed_writer_leaves_the_table_whole(tmp_path):
     file = tmp_path / "times.json"
     add_times(file, {"old": {"direct": 1.0}})

@@ -301,4 +301,4 @@ def test_the_command_refuses_in_one_line(arguments, message, sd_folder, capsys):
 
 def test_options_of_prompts_are_refused_for_other_models(capsys):
     assert main(["serve", "--size", "16x16"]) == 2
-    assert "--size is for text-to-image models; digits is not one" in capsys.readouterr().err
+    assert "size is for text-to-image models; digits is not one" in capsys.readouterr().err

@@ -246,6 +246,7 @@ def test_callbacks_see_every_step(sd):
 BAD: list[tuple[dict[str, Any], str]] = [
     ({}, "give prompt or prompt_embeds"),
     ({"prompt": []}, "prompt is"),
+    ({"prompt": 3}, "prompt is 3"),
     ({"prompt": "a", "height": 25}, "height is 25"),
     ({"prompt": "a", "height": 2**20, "width": 2**20}, "at most"),
     ({"prompt": "a", "mask_image": hole()}, "give image"),

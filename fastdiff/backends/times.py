@@ -38,15 +38,19 @@ def read_times(file: Path) -> Times:
         return {}
 
 
-def add_times(file: Path, new: Mapping[str, Mapping[str, float]]) -> None:
+def add_times(file: Path, new: Mapping[str, Mapping[str, float]]) -> Times:
     """Add times to a file. Others may write at the same time, or be killed: the file is always whole.
 
     Where nothing can be written (a full or read-only disk) nothing is kept, and the next process measures again.
+
+    Returns:
+        All times that hold now. Of two processes that measured the same, whoever wrote first is believed by both: they
+        choose alike, and so draw the same bits.
     """
+    merged = {name: dict(each) for name, each in new.items()}
     with contextlib.suppress(OSError), _locked(file):
-        merged = read_times(file)
-        for name, each in new.items():
-            merged.setdefault(name, {}).update(each)
+        for name, each in read_times(file).items():
+            merged[name] = merged.get(name, {}) | each
         handle, scratch = tempfile.mkstemp(dir=file.parent, prefix=file.name)
         try:
             with os.fdopen(handle, "w") as out:
@@ -55,6 +59,7 @@ def add_times(file: Path, new: Mapping[str, Mapping[str, float]]) -> None:
         except BaseException:
             os.unlink(scratch)
             raise
+    return merged
 
 
 @contextlib.contextmanager

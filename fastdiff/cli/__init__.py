@@ -1,4 +1,4 @@
-"""The command line: ``fastdiff generate | serve | calibrate | export | build | bench | train | inspect``.
+"""The command line: ``fastdiff generate | batch | serve | calibrate | export | build | bench | train | inspect``.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage. Every deliberate error is one line on stderr.
 """
@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from fastdiff.backends import BACKENDS
-from fastdiff.cli import build, calibrate, export, generate, serve
-from fastdiff.cli.common import show
+from fastdiff.cli import batch, build, calibrate, export, generate, serve
+from fastdiff.cli.common import DTYPES, show
 from fastdiff.errors import BackendError, FastdiffError, PlanError
 from fastdiff.models.config import UNetConfig
 from fastdiff.models.files import read_json
@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     generate.add_options(add("generate", generate.generate, "Generate images and write them as PNG files.", model))
+    batch.add_options(add("batch", batch.batch, "Draw a table of labels or prompts, on one machine or many.", model))
     serve.add_options(add("serve", serve.serve, "Serve a model over HTTP, with the images API clients know.", model))
     calibrate.add_options(
         add("calibrate", calibrate.run, "Fit samplers of a few steps to a model, beside the classical ones.", model)
@@ -77,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("inspect", inspect, "Show what a model folder or an exported file is.", shared)
     command.add_argument("target", nargs="?", default="digits", help="model folder, bundled name, or .onnx file")
     command.add_argument(
-        "--dtype", default="float32", choices=sorted(generate.DTYPES),
+        "--dtype", default="float32", choices=sorted(DTYPES),
         help="also report what this type costs in accuracy and gains in time on this CPU",
     )  # fmt: skip
     command.add_argument(
@@ -234,7 +235,7 @@ def inspect(options: argparse.Namespace) -> int:
         if options.dtype != "float32":
             from fastdiff.backends.lossy import lossy_report
 
-            report[options.dtype] = lossy_report(loaded.network, generate.DTYPES[options.dtype])
+            report[options.dtype] = lossy_report(loaded.network, DTYPES[options.dtype])
         if options.cache_interval:
             report["step_caching"] = _caching(options)
     width = max(len(name) for name in report)

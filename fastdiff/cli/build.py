@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdiff.cli.common import show
+from fastdiff.cli.common import DTYPES, show
 from fastdiff.cli.export import source
-from fastdiff.cli.generate import DTYPES
 from fastdiff.errors import BackendError, PlanError
 from fastdiff.integrations.schedulers import from_diffusers_scheduler
 from fastdiff.models.autoencoder_files import load_autoencoder

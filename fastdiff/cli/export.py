@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastdiff.cli.common import show
-from fastdiff.cli.generate import DTYPES
+from fastdiff.cli.common import DTYPES, show
 from fastdiff.errors import BackendError, PlanError
 from fastdiff.integrations.schedulers import from_diffusers_scheduler
 from fastdiff.models.autoencoder_files import load_autoencoder

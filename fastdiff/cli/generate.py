@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from tqdm import tqdm
 
-from fastdiff.backends import BACKENDS
 from fastdiff.built import BuiltTextToImage, is_built, load_built
 from fastdiff.calibration.file import AUTO, CALIBRATED
-from fastdiff.cli.common import show
+from fastdiff.cli.common import DTYPES, add_running_options, show
 from fastdiff.errors import ArtifactError, PlanError
+from fastdiff.images import save_png
 from fastdiff.pipeline import Pipeline
 from fastdiff.sampling import GRIDS, GUIDANCES, SOLVERS
 from fastdiff.text_to_image import DEFAULT_STEPS, TextToImage
@@ -27,7 +27,6 @@ TEXT_ONLY = ("prompt", "negative_prompt", "height", "width", "image", "mask_imag
 BUILT_TEXT = TEXT_ONLY[:4]  # what built folders take too
 MODEL_ONLY = ("steps", "sampler", "guidance_scale", "guidance_rescale", "guidance_interval", "clip", "grid", "eta",
               "gamma", "artifact", "tolerance")  # fmt: skip
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -92,12 +91,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, default=0, help="image i gets seed + i (default: 0)")
     add("--latents", type=Path, help=".npy file with the starting noise, [B, C, H, W]")
-    add("--device", default="cpu", choices=["cpu", "cuda"])
-    add("--dtype", default="float32", choices=sorted(DTYPES))
-    add("--backend", default="auto", choices=sorted(BACKENDS))
     add("--cpu-offload", action="store_true", help="keep networks in the host's memory, on the GPU only while they run")
     add("--vae-tiling", action="store_true", help="decode in tiles, with less memory")
-    add("--artifact", type=Path, help="exported file, for backends that run one")
+    add_running_options(command)
     add("--preset", help="what to draw with, for folders that fastdiff build made (default: the folder's first)")
     add("--trust", metavar="SHA256", help="hash that fastdiff build printed: take engines made on another machine")
     add("--out", type=Path, default=Path("out"), help="folder for the PNG files (default: out)")
@@ -260,17 +256,3 @@ def read_latents(file: Path) -> torch.Tensor:
         found = f"it holds {array.dtype}" if isinstance(array, np.ndarray) else "it is an archive"
         raise ArtifactError(f"{file}: need a .npy file of real numbers; {found}")
     return torch.from_numpy(array.astype(np.float32))
-
-
-def save_png(image: Image.Image, file: Path, facts: dict[str, str]) -> Path:
-    """Write a PNG that says how it was made; it appears whole or not at all."""
-    text = PngImagePlugin.PngInfo()
-    for name, value in facts.items():
-        text.add_text(name, value)
-    temporary = file.with_name(f".{file.name}.part")
-    try:
-        image.save(temporary, format="PNG", pnginfo=text)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return file

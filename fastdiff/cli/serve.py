@@ -7,24 +7,16 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from fastdiff.backends import BACKENDS
-from fastdiff.backends.eager import ops_for
-from fastdiff.cli.common import show
-from fastdiff.cli.generate import DTYPES
+from fastdiff.cli.common import DTYPES, add_ray_options, add_running_options, scale_of, show, source_of
 from fastdiff.errors import BackendError, PlanError
-from fastdiff.models.autoencoder_files import load_autoencoder
-from fastdiff.models.tiny_autoencoder import AutoencoderTiny
 from fastdiff.pipeline import Pipeline, resolve
-from fastdiff.text_to_image import TextToImage
 
 if TYPE_CHECKING:  # the extra may be missing
     from fastdiff.serve import Served
 
 EXAMPLE = """\
 Try it:
-  fastdiff serve --model digits
+  fastdiff serve --model digits            (with replicas on this machine's cores or GPUs: --ray)
   open http://127.0.0.1:8000 in a browser, or
   curl http://127.0.0.1:8000/v1/images/generations -H 'Content-Type: application/json' \\
        -d '{"class_label": 3, "seed": 1}'
@@ -59,10 +51,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="what text-to-image models may be asked for, the default first (default: the model's own)")  # fmt: skip
     add("--preview-decoder", type=Path, metavar="FOLDER",
         help="tiny autoencoder for previews of text-to-image models (default: the model's own)")  # fmt: skip
-    add("--device", default="cpu", choices=["cpu", "cuda"])
-    add("--dtype", default="float32", choices=sorted(DTYPES))
-    add("--backend", default="auto", choices=sorted(BACKENDS))
-    add("--artifact", type=Path, help="exported file, for backends that run one")
+    add_running_options(command)
+    add("--ray", nargs="?", const="local", metavar="ADDRESS",
+        help="serve from replicas on Ray: a cluster of its own on this machine, or the one at ADDRESS")  # fmt: skip
+    add_ray_options(command, "replicas")
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -74,49 +66,42 @@ def serve(options: argparse.Namespace) -> int:
         from fastdiff.serve.settings import Settings
     except ImportError as error:
         raise BackendError(f"serve needs {error.name}: pip install 'fastdiff[serve]'") from error
+    if options.ray is None and (options.workers or options.cores):
+        raise PlanError("--replicas and --cpus-per-replica belong to --ray")
     try:
         settings = Settings(**_given(options))
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]).replace("_", "-")
         raise PlanError(f"--{name} is {first['input']!r}; {first['msg'].lower()}") from error
-    pipe = Pipeline.from_pretrained(
-        options.model, device=options.device, dtype=DTYPES[options.dtype], backend=options.backend,
-        artifact=options.artifact,
-    )  # fmt: skip
-    served = _served(pipe, options)
+    name = options.name or resolve(options.model).resolve().name
 
     def ready(url: str) -> None:
-        show(options, {"url": url, "model": served.name}, f"{served.name} is served at {url} (Ctrl-C ends it)")
+        show(options, {"url": url, "model": name}, f"{name} is served at {url} (Ctrl-C ends it)")
 
     try:
-        run(served, settings, options.log_level, ready)
+        if options.ray is not None:
+            from fastdiff.serve.ray.run import run as run_on_ray
+
+            run_on_ray(
+                source_of(options), name, settings, scale_of(options), options.log_level, ready, address=options.ray
+            )
+        else:
+            run(_served(options, name), settings, options.log_level, ready)
     except KeyboardInterrupt:  # raised once more when all requests were finished
         pass
     return 0
 
 
-def _served(pipe: Pipeline | TextToImage, options: argparse.Namespace) -> Served:
+def _served(options: argparse.Namespace, name: str) -> Served:
     """What the server is told of a model."""
-    from fastdiff.serve import ClassConditional, TextConditional
+    from fastdiff.serve import served_of
 
-    name = options.name or resolve(options.model).resolve().name
-    if isinstance(pipe, TextToImage):
-        return TextConditional(pipe, name, options.size or (), _preview_decoder(options))
-    for option in ("size", "preview_decoder"):
-        if getattr(options, option):
-            raise PlanError(f"--{option.replace('_', '-')} is for text-to-image models; {options.model} is not one")
-    return ClassConditional(pipe, name)
-
-
-def _preview_decoder(options: argparse.Namespace) -> AutoencoderTiny | None:
-    if options.preview_decoder is None:
-        return None
-    device = torch.device(options.device)
-    found = load_autoencoder(options.preview_decoder, DTYPES[options.dtype], ops_for(device))
-    if not isinstance(found, AutoencoderTiny):
-        raise PlanError(f"--preview-decoder is {options.preview_decoder}; allowed: a tiny autoencoder")
-    return found.to(device)
+    pipe = Pipeline.from_pretrained(
+        options.model, device=options.device, dtype=DTYPES[options.dtype], backend=options.backend,
+        artifact=options.artifact,
+    )  # fmt: skip
+    return served_of(pipe, name, options.size or (), options.preview_decoder)
 
 
 def _size(text: str) -> tuple[int, int]:

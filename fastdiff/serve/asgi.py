@@ -19,7 +19,7 @@ from fastdiff.serve.metrics import Metrics
 from fastdiff.serve.settings import Settings
 
 log = logging.getLogger("fastdiff.serve")
-_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _OTHER = "other"  # label for paths that are no route of ours: anybody may invent them
 _PROTECTED = "/v1/"
 _RETRY_SECONDS = 1.0
@@ -42,7 +42,7 @@ class Watch:
             return
         begin, status = time.monotonic(), 0
         given = Headers(scope=scope).get("x-request-id", "")
-        name = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        name = given if ID.fullmatch(given) else uuid.uuid4().hex
         scope["fastdiff.facts"] = facts = {"request_id": name, "method": scope["method"], "path": scope["path"][:200]}
 
         async def told(message: Message) -> None:

@@ -140,7 +140,7 @@ class Studio:
             told = failure(error)
             if told.status == 500:
                 log.exception("stream failed")
-            yield _sent("error", told.envelope())
+            yield sent("error", told.envelope())
 
     async def _event(self, job: Job, i: int, preview: Preview | None, shown: list[int]) -> bytes:
         kind = "completed" if preview is None else "partial_image"
@@ -161,10 +161,11 @@ class Studio:
         else:
             event |= {"partial_image_index": shown[i], "step": preview.step, "steps": preview.steps}
             shown[i] += 1
-        return _sent(event["type"], event)
+        return sent(event["type"], event)
 
 
-def _sent(name: str, data: dict[str, Any]) -> bytes:
+def sent(name: str, data: dict[str, Any]) -> bytes:
+    """One server-sent event."""
     return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
 
 

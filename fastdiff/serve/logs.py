@@ -25,13 +25,13 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)  # ASCII: a request can put no line break and no control character into the log
 
 
-def log_config(level: str) -> dict[str, Any]:
+def log_config(level: str, stream: str = "ext://sys.stderr") -> dict[str, Any]:
     """For ``logging.config.dictConfig``: our own lines from ``level`` on, those of others from warnings on."""
     return {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"json": {"()": JsonFormatter}},
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "stream": stream, "formatter": "json"}},
         "root": {"handlers": ["stderr"], "level": "WARNING"},
         "loggers": {"fastdiff": {"level": level.upper()}},
     }

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from fastdiff.errors import BackendError, NotFinite
+from fastdiff.backends.eager import ops_for
+from fastdiff.errors import BackendError, NotFinite, PlanError
 from fastdiff.images import to_images
+from fastdiff.models.autoencoder_files import load_autoencoder
 from fastdiff.models.text import Encoded
 from fastdiff.models.tiny_autoencoder import AutoencoderTiny
+from fastdiff.pipeline import Pipeline
 from fastdiff.serve.errors import Refused
-from fastdiff.serve.models import samplers
+from fastdiff.serve.models import ClassConditional, Served, samplers
 from fastdiff.serve.schema import ImageRequest, Order
 from fastdiff.text_to_image import DEFAULT_STEPS, TextToImage
 
@@ -131,3 +135,34 @@ def _needs_no_picture(pipeline: TextToImage) -> None:
         raise BackendError("this model has a ControlNet, which needs a picture; serve takes prompts alone")
     if parts.unet.config.in_channels > parts.vae.latent_channels:
         raise BackendError("this model paints into a picture; serve takes prompts alone")
+
+
+def served_of(
+    pipeline: Pipeline | TextToImage,
+    name: str,
+    sizes: Sequence[tuple[int, int]] = (),
+    preview_decoder: Path | None = None,
+) -> Served:
+    """A loaded model behind a server.
+
+    Args:
+        pipeline: the model.
+        name: what clients call it.
+        sizes: of text-to-image models, see ``TextConditional``.
+        preview_decoder: folder of a tiny autoencoder, likewise.
+
+    Raises:
+        PlanError: if these are given for another kind of model, or the decoder is no tiny one.
+    """
+    if not isinstance(pipeline, TextToImage):
+        for option, given in (("size", sizes), ("preview_decoder", preview_decoder)):
+            if given:
+                raise PlanError(f"{option} is for text-to-image models; {name} is not one")
+        return ClassConditional(pipeline, name)
+    preview = None
+    if preview_decoder is not None:
+        preview = load_autoencoder(preview_decoder, pipeline.network.dtype, ops_for(pipeline.device))
+        if not isinstance(preview, AutoencoderTiny):
+            raise PlanError(f"preview_decoder is {preview_decoder}; allowed: a tiny autoencoder")
+        preview = preview.to(pipeline.device)
+    return TextConditional(pipeline, name, sizes, preview)

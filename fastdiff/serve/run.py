@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 
 import uvicorn
+from fastapi import FastAPI
 
 from fastdiff.engine import Engine
 from fastdiff.errors import PlanError
@@ -35,18 +36,10 @@ def run(served: Served, settings: Settings, level: str, ready: Callable[[str], N
         PlanError: if it is to draw more pixels than the settings allow.
         OSError: if the address cannot be had.
     """
-    for height, width in served.sizes:
-        if height * width > settings.max_pixels:
-            raise PlanError(f"size is {width}x{height}; allowed: up to {settings.max_pixels} pixels (--max-pixels)")
     config = log_config(level)
     logging.config.dictConfig(config)
     with listen(settings) as listening:
-        metrics = Metrics()
-        engine = Engine(
-            served.pipeline, max_batch=settings.max_batch, max_queue=settings.max_queue, sizes=served.sizes,
-            watch=metrics.turn,
-        )  # fmt: skip
-        app = create_app(engine, served, settings, metrics)
+        engine, app = assemble(served, settings)
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -55,12 +48,12 @@ def run(served: Served, settings: Settings, level: str, ready: Callable[[str], N
                 server_header=False,
                 ws="none",
                 http="h11",
+                loop="asyncio",  # not whatever else may be installed: the socket above is made for it
                 lifespan="on",
                 timeout_graceful_shutdown=max(1, round(settings.drain)),
             )  # fmt: skip
         )
-        if settings.api_key is None and not loopback(settings.host):
-            log.warning("everybody who can reach %s may use this server: it has no API key", settings.host)
+        warn_of_strangers(settings)
         url = url_of(listening)
         log.info("ready", extra={"facts": {"url": url, "model": served.name, "batching": engine.promises()}})
         ready(url)
@@ -70,6 +63,30 @@ def run(served: Served, settings: Settings, level: str, ready: Callable[[str], N
         finally:
             signal.signal(signal.SIGTERM, handled)
             engine.close(drain=False)
+
+
+def assemble(served: Served, settings: Settings) -> tuple[Engine, FastAPI]:
+    """An engine, and the application in front of it.
+
+    Raises:
+        BackendError: if the model cannot be served.
+        PlanError: if it is to draw more pixels than the settings allow.
+    """
+    for height, width in served.sizes:
+        if height * width > settings.max_pixels:
+            raise PlanError(f"size is {width}x{height}; allowed: up to {settings.max_pixels} pixels (--max-pixels)")
+    metrics = Metrics()
+    engine = Engine(
+        served.pipeline, max_batch=settings.max_batch, max_queue=settings.max_queue, sizes=served.sizes,
+        watch=metrics.turn,
+    )  # fmt: skip
+    return engine, create_app(engine, served, settings, metrics)
+
+
+def warn_of_strangers(settings: Settings) -> None:
+    """Say so where others may use a server."""
+    if settings.api_key is None and not loopback(settings.host):
+        log.warning("everybody who can reach %s may use this server: it has no API key", settings.host)
 
 
 def _end(*_: object) -> None:
@@ -98,7 +115,11 @@ def listen(settings: Settings) -> socket.socket:
 
 def url_of(listening: socket.socket) -> str:
     """Where a socket is reached."""
-    host, port = listening.getsockname()[:2]
+    return url_at(*listening.getsockname()[:2])
+
+
+def url_at(host: str, port: int) -> str:
+    """A host and a port as a URL."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

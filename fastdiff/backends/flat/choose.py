@@ -36,8 +36,8 @@ def fastest(unet: UNet, told: str, ways: Mapping[str, Callable[..., Any]], argum
     times = read_times(file).get(what, {})
     if set(times) != set(ways):
         times = {name: seconds(way, arguments) for name, way in ways.items()}
-        add_times(file, {what: times})
-    return min(times, key=times.__getitem__)
+        times = add_times(file, {what: times})[what]
+    return min(ways, key=times.__getitem__)
 
 
 def seconds(way: Callable[..., Any], arguments: Sequence[Any]) -> float:

@@ -206,14 +206,13 @@ class NativeTrunk:
         file = table_file(cpu_name(), source_hash(), torch.__version__, torch.get_num_threads())
         times = read_times(file)
         new = self._measured(program, layers, times, given)
-        times |= new
+        if new:
+            times |= add_times(file, new)
         parameters = 4 * sum(p.numel() for p in self.unet.parameters())
         choices = choose(layers, times, max(LEAST_BUDGET, int(SHARE * parameters)))
         name = f"whole network {parameters} bytes {len(layers)} layers {shape.x[2]}x{shape.x[3]}"
         if self.never_slower and name not in times:
-            times[name] = new[name] = self._whole(self._made(program, choices), given)
-        if new:
-            add_times(file, new)
+            times |= add_times(file, {name: self._whole(self._made(program, choices), given)})
         slower = self.never_slower and times[name]["eager"] < times[name]["native"]
         return None if slower else choices
 
