@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 DATA ?=
 OUT ?=
 
-.PHONY: demo test fast bench check-main check-samplers check-unets check-cpu check-gpu check-export check-engine lint report clean
+.PHONY: demo test fast bench check-main check-samplers check-unets check-cpu check-gpu check-export check-engine check-calibrate lint report clean
 
 demo: $(STAMP)
 	$(BIN)/python -m fastdiff.benchmarks.demo
@@ -46,6 +46,10 @@ check-export: $(STAMP)
 # QUICK=1: fewer requests, under ten minutes.
 check-engine: $(STAMP)
 	@$(BIN)/python -m fastdiff.benchmarks.check_engine $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT))
+
+# QUICK=1: five network calls alone. DATA=fashion_mnist.npz: also a mixture fitted to it.
+check-calibrate: $(STAMP)
+	@$(BIN)/python -m fastdiff.benchmarks.check_calibrate $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT)) $(if $(DATA),--data $(DATA))
 
 lint: $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy

@@ -208,11 +208,15 @@ def _ours(problem: Problem, variant: Variant, name: str, grid: Grid, budget: int
 
 
 def our_scores(
-    problem: Problem, solvers: Sequence[Variant], kept: int = KEPT, shifts: Sequence[float] = SHIFTS
+    problem: Problem,
+    solvers: Sequence[Variant],
+    kept: int = KEPT,
+    shifts: Sequence[float] = SHIFTS,
+    budgets: Sequence[int] = BUDGETS,
 ) -> Iterator[Score]:
     """A few solvers on every grid; then every solver on the ``kept`` grids that served them best at the budget."""
     scouts = [variant for variant in solvers if variant.name in SCOUTS and not any(variant.options.values())]
-    for budget in BUDGETS:
+    for budget in budgets:
         best: dict[str, float] = {}
         done: set[tuple[str, str]] = set()
         for name, grid in _different(problem.path, budget, shifts).items():
@@ -233,13 +237,15 @@ def our_scores(
 # --- all of them ----------------------------------------------------------------------------------------------------
 
 
-def peer_scores(problem: Problem, peers: Iterator[Peer], refused: list[str]) -> Iterator[Score]:
+def peer_scores(
+    problem: Problem, peers: Iterator[Peer], refused: list[str], budgets: Sequence[int] = BUDGETS
+) -> Iterator[Score]:
     """Every peer at every budget. What a library cannot run is left out, and why is added to ``refused``.
 
     Their schedulers end some settings with errors of these kinds; a reader of ``refused`` sees whether it was they.
     """
     for peer in peers:
-        for budget in BUDGETS:
+        for budget in budgets:
             try:
                 done = peer.run(problem.denoised, problem.first, budget)
             except (ValueError, NotImplementedError, IndexError, ZeroDivisionError) as error:
@@ -249,12 +255,19 @@ def peer_scores(problem: Problem, peers: Iterator[Peer], refused: list[str]) -> 
                 yield Score(peer.library, peer.label, budget, done.calls, problem.error(done.x))
 
 
-def scores(problem: Problem, refused: list[str], *, kept: int = KEPT, shifts: Sequence[float] = SHIFTS) -> list[Score]:
+def scores(
+    problem: Problem,
+    refused: list[str],
+    *,
+    kept: int = KEPT,
+    shifts: Sequence[float] = SHIFTS,
+    budgets: Sequence[int] = BUDGETS,
+) -> list[Score]:
     """Every sampler of every library at every budget; what a peer cannot run is added to ``refused``."""
     return [
-        *our_scores(problem, distinct(variants(noise=False)), kept, shifts),
-        *peer_scores(problem, diffusers_peers(problem.kind, shifts), refused),
-        *peer_scores(problem, k_diffusion_peers(problem.sigma_max), refused),
+        *our_scores(problem, distinct(variants(noise=False)), kept, shifts, budgets),
+        *peer_scores(problem, diffusers_peers(problem.kind, shifts), refused, budgets),
+        *peer_scores(problem, k_diffusion_peers(problem.sigma_max), refused, budgets),
     ]
 
 

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from fastdiff.calibration.file import Calibration, Fitted
-from fastdiff.calibration.run import calibrate
+from fastdiff.calibration.run import Settings, calibrate
 
-__all__ = ["Calibration", "Fitted", "calibrate"]
+__all__ = ["Calibration", "Fitted", "Settings", "calibrate"]

@@ -27,6 +27,7 @@ Features = Callable[[Tensor], Tensor]
 TIME_NUDGE = 0.1  # share of the distance to the nearest other time: networks are rough in time
 DAMPING, TRIES, PATIENCE = 1e-3, 10, 2
 FARTHEST = 0.5  # change of a logit in one step: a nudge says nothing of a stick broken elsewhere altogether
+TINY = 1e-12
 ENOUGH = 2e-3  # gain of a step, as a share of the error, below which a fit ends
 
 
@@ -83,7 +84,9 @@ def columns(goal: Goal, number: int, at: Parameters, nudge: float) -> tuple[Tens
 
     for i, name in names(calls):
         direction = _register(states, i, name)
-        step = nudge * float(states[i + 1].x.square().mean().sqrt() / direction.square().mean().sqrt())
+        # a register that holds nothing yet moves nothing
+        size = max(float(direction.square().mean().sqrt()), TINY)
+        step = nudge * float(states[i + 1].x.square().mean().sqrt()) / size
         nudged = states[i + 1]._replace(x=states[i + 1].x + step * direction)
         rise(walk.end(i + 1, nudged) if i + 1 < calls else nudged.x, step)
     for k in range(len(at.angles)):
@@ -157,6 +160,8 @@ def fit(goal: Goal, start: Parameters, *, iterations: int, share: int, nudge: fl
 
 def _step(goal: Goal, here: Progress, square: np.ndarray, right: np.ndarray) -> Progress | None:
     """The first damped step that lessens the error."""
+    if not np.isfinite(square).all() or not np.isfinite(right).all():
+        return None  # a walk of some batch ends in NaN
     scale = np.sqrt(np.maximum(np.diag(square), 1e-30))
     weights, damping = len(here.parameters.corrections), here.damping
     tried = 0

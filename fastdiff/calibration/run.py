@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path as File
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -253,7 +254,8 @@ class _Worker:
         """Where to begin: a fit ends in the valley it starts in, so several solvers' valleys are tried on a part."""
         solvers: dict[str, classical.Candidate] = {}
         for _, one in ranked:
-            if len(one.walk.weights) == calls:  # a walk of fewer calls has fewer weights
+            # a walk of fewer calls has fewer weights, and one that asks twice at a time has no room to move it
+            if len(one.walk.weights) == calls and all(a > b for a, b in pairwise(one.walk.times)):
                 solvers.setdefault(one.name.split(" on ")[0], one)
         part = max(1, len(self.goal.begins) // 4)
         goal = self.goal._replace(begins=self.goal.begins[:part], truths=self.goal.truths[:part])

@@ -1,0 +1,155 @@
+"""``make check-calibrate``: measure every bar of calibration afresh, one JSON line each; exit 1 if any falls short.
+
+``--data`` is ``fashion_mnist.npz``; without it the bars of that mixture are not measured, and do not count as met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from fastdiff.benchmarks import accuracy, calibrated, quality
+from fastdiff.benchmarks.bars import Bar, at_most, not_measured, show, suite
+from fastdiff.benchmarks.environment import environment, write_json
+from fastdiff.calibration import Calibration
+from fastdiff.errors import ArtifactError
+from fastdiff.pipeline import Pipeline
+
+CALLS = (4, 5, 6, 8)
+HALF, NEAR, SECONDS = 0.5, 1.15, 600.0
+Details = dict[str, Any]
+
+
+def error_bars(
+    case: calibrated.Case, found: Calibration, calls: Sequence[int], quick: bool, details: Details
+) -> Iterator[Bar]:
+    """Error of the calibrated samplers over the least of all classical ones, on noise of the problem's own."""
+    problem, refused = case.problem, []
+    how: dict[str, Any] = {"kept": 2, "shifts": (1.0, 1.5)} if quick else {}
+    scores = accuracy.scores(problem, refused, budgets=calls, **how)
+    details[problem.name] = {
+        "uncertainty of the solution": problem.uncertainty,
+        "samplers tried": len({(one.library, one.label) for one in scores}),
+        "classical": [one._asdict() for n in calls for name in accuracy.LIBRARIES
+                      for one in accuracy.best(scores, name, n, 3)],
+        "calibrated": [],
+        "peers' runs that ended in an error": refused,
+    }  # fmt: skip
+    for n in calls:
+        mine = calibrated.score(problem, found, n)
+        best = min((one for one in scores if one.budget == n), key=lambda one: one.error)
+        details[problem.name]["calibrated"].append(mine._asdict())
+        place = f"{problem.name}, {n} calls"
+        yield Bar(f"{place}: least classical error", f"{best.error:.3g}: {best.library} {best.label}", "for comparison",
+                  True)  # fmt: skip
+        yield Bar(f"{place}: calibrated error", f"{mine.error:.3g}", "for comparison", True)
+        yield at_most(f"{place}: calibrated over classical error", mine.error / best.error, HALF)
+
+
+def frechet_bar(found: Calibration, count: int, details: Details) -> Iterator[Bar]:
+    """Frechet distance to real digits at 5 calls, over that of the same network in 50 steps."""
+    pipe, judge = Pipeline.from_pretrained("digits"), quality.load_classifier()
+    assert isinstance(pipe, Pipeline)
+    reference, figures = quality.reference_moments(), {}
+    labels = torch.arange(count) % 10
+    sampler = found.sampler(*pipe.trained())
+    for name, options in {
+        "5 calls, calibrated": {"sampler": sampler, "num_inference_steps": 5},
+        "5 calls, dpmpp_2m": {"sampler": "dpmpp_2m", "num_inference_steps": 5},
+        "50 steps, dpmpp_2m": {"sampler": "dpmpp_2m", "num_inference_steps": 50},
+    }.items():
+        images = torch.cat([
+            pipe(labels[i : i + 100].tolist(), guidance_scale=1.0, seed=10_000 + i, output_type="pt", **options).images
+            for i in range(0, count, 100)
+        ])  # fmt: skip
+        moments = quality.moments(quality.extract(judge, images * 2 - 1))
+        figures[name] = quality.frechet_distance(moments, reference)
+        yield Bar(f"Frechet distance of {count} digits, {name}", round(figures[name], 3), "for comparison", True)
+    details["frechet"] = figures | {"images": count}
+    first, _, last = figures.values()
+    yield at_most("Frechet distance at 5 calibrated calls over that of 50 steps", first / last, NEAR)
+
+
+def refusal_bar(found: Calibration) -> Iterator[Bar]:
+    """A file of one model for another."""
+    with TemporaryDirectory() as folder:
+        file, said = Path(folder) / "calibration.json", "accepted"
+        found.save(file)
+        pipe = Pipeline.from_pretrained("digits")
+        assert isinstance(pipe, Pipeline)
+        replace(Calibration.load(file), model_sha256="0" * 64).save(file)
+        try:
+            pipe.load_calibration(file)
+        except ArtifactError as error:
+            said = str(error)
+        pipe.load_calibration(file, force=True)
+    yield Bar(
+        "a calibration of another network", said, "refused, unless forced", said.startswith("this calibration is")
+    )
+
+
+def random_bars(count: int, details: Details) -> Iterator[Bar]:
+    """Calibrated samplers of random problems, over the best classical one on fresh noise."""
+    trials = [calibrated.trial(number) for number in range(count)]
+    details["random problems"] = [one._asdict() for one in trials]
+    ratios = sorted(one.ratio for one in trials)
+    yield Bar(f"{count} random problems: median of calibrated over classical error", round(ratios[count // 2], 4),
+              "for comparison", True)  # fmt: skip
+    worst = max(trials, key=lambda one: one.ratio)
+    yield Bar("the worst of them", f"{worst.what}, {worst.calls} calls", "for comparison", True)
+    yield at_most(f"{count} random problems: largest calibrated over classical error", worst.ratio, 1.0)
+
+
+def bars(quick: bool, data: Path | None, details: Details) -> Iterator[Bar]:
+    """All of them."""
+    calls = (5,) if quick else CALLS
+    if data is None:
+        yield not_measured("mixture fitted to Fashion-MNIST: give --data fashion_mnist.npz", f"<= {HALF:g}")
+    else:
+        case = calibrated.fashion(str(data))
+        yield from error_bars(case, case.calibrate(calls), calls, quick, details)
+    case = calibrated.digits(16 if not quick else 8)
+    start = time.perf_counter()
+    found = case.calibrate(calls)
+    seconds = time.perf_counter() - start
+    details["seconds to calibrate the bundled model"] = {"steps": list(calls), "seconds": seconds}
+    yield at_most(f"seconds to calibrate the bundled model for {', '.join(map(str, calls))} steps", seconds, SECONDS)
+    yield from error_bars(case, found, calls, quick, details)
+    yield from frechet_bar(found, 1000 if quick else 5000, details)
+    yield from random_bars(10 if quick else 50, details)
+    yield from refusal_bar(found)
+    yield suite("calibration: tests", "tests/test_calibration.py", "tests/test_non_stationary.py",
+                "tests/test_embedded.py")  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print every bar as it is measured."""
+    parser = argparse.ArgumentParser(prog="python -m fastdiff.benchmarks.check_calibrate", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="five calls alone, fewer images and problems")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="fashion_mnist.npz")
+    parser.add_argument("--out", type=Path, help="write bars and details to this JSON file")
+    options = parser.parse_args(arguments)
+    details: Details = {"environment": environment(torch.device("cpu")), "quick": options.quick}
+    shown: list[Bar] = []
+
+    def kept() -> Iterator[Bar]:
+        for bar in bars(options.quick, options.data, details):
+            shown.append(bar)
+            yield bar
+
+    code = show(kept())
+    if options.out:
+        write_json(options.out, details | {"bars": [bar._asdict() for bar in shown]})
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
