@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
 
 @functools.cache
-def fashion(file: str, count: int = 64) -> Case:
+def fashion(file: str, count: int = 256) -> Case:
     """Ten Gaussians of full covariance fitted to Fashion-MNIST, averaged to 14 by 14, under DDPM's betas.
 
     Args:
@@ -70,13 +70,13 @@ def fashion(file: str, count: int = 64) -> Case:
         lambda alpha, sigma: start * (alpha * alpha + sigma * sigma) ** 0.5,
         sigma / alpha,
     )
-    work = Settings(samples=1024, held_out=256, batch_size=128, teacher_steps=200, iterations=12, share=512)
+    work = Settings(samples=1024, held_out=256, batch_size=128, teacher_steps=400, iterations=15, share=512)
     fn = network(quick, path, PREDICTIONS["eps"])
     return Case(problem, lambda steps: calibrate(fn, (1, 14, 14), steps=steps, settings=work, **DATA))  # type: ignore[arg-type]
 
 
 @functools.cache
-def digits(count: int = 16, steps: int = 512) -> Case:
+def digits(count: int = 32, steps: int = 512) -> Case:
     """The bundled network as a plain velocity network, without guidance; image ``i`` is of class ``i`` modulo 10."""
     pipe = Pipeline.from_pretrained("digits")
     assert isinstance(pipe, Pipeline)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fastdiff.benchmarks import report_cpu, report_engine, report_samplers
+from fastdiff.benchmarks import report_calibrate, report_cpu, report_engine, report_samplers
 from fastdiff.benchmarks.table import BATCH, PEER
 from fastdiff.models.files import write_text
 from fastdiff.pipeline import Pipeline
@@ -122,6 +122,7 @@ def main() -> None:
         ("samplers", "SAMPLERS", report_samplers),
         ("cpu", "CPU", report_cpu),
         ("engine", "SERVING", report_engine),
+        ("calibrate", "CALIBRATION", report_calibrate),
     )
     for name, page, report in pages:
         found = json.loads((root / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
@@ -129,6 +130,8 @@ def main() -> None:
         for part, table in report.PARTS.items():
             text = fill(text, part, table(found))
         write_text(root / f"docs/{page}.md", text)
+    calibrated = json.loads((root / "benchmarks/results/calibrate.json").read_text(encoding="utf-8"))
+    report_calibrate.plot(calibrated, root / "docs/calibration.png")
 
 
 if __name__ == "__main__":
