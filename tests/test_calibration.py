@@ -99,6 +99,22 @@ def test_the_columns_are_derivatives():
         assert ((there - end) / 1e-3 - rises[:, index]).abs().max() < 0.02 * rises[:, index].abs().max() + 1e-3
 
 
+def test_features_count_beside_the_images():
+    """Where the first value alone is a feature, the fit is drawn towards it."""
+    plain = straight().fitted[3]
+    told = calibrate(function(), SHAPE, steps=(3,), settings=LITTLE, features=lambda x: x[:, :, :1, :1]).fitted[3]
+    assert told.times != plain.times
+    seeds, shape = list(range(64)), (64, *SHAPE)  # those that were fitted
+    truth = fastdiff.sample(function(), shape, num_inference_steps=400, sampler="dpmpp_3m", seed=seeds)
+
+    def wrong(fitted) -> float:
+        found = dataclasses.replace(straight(), fitted={3: fitted}).sampler(RectifiedFlow(), Velocity())
+        x = fastdiff.sample(function(), shape, sampler=found, num_inference_steps=3, seed=seeds)
+        return float((x - truth)[:, :, 0, 0].square().mean())
+
+    assert wrong(told) < wrong(plain)
+
+
 def test_the_same_seed_gives_the_same_file(tmp_path):
     again = calibrate(function(), SHAPE, steps=(3, 5), settings=LITTLE)
     straight().save(tmp_path / "a.json")
