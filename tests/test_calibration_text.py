@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers", reason="text encoders need transformers (pip install 'fastdiff[text]')")
 pytest.importorskip("diffusers", reason="tiny models are made by diffusers (pip install 'fastdiff[test]')")
@@ -65,10 +68,31 @@ def test_it_needs_prompts(folder):
         fastdiff.calibrate(fastdiff.Pipeline.from_pretrained(folder), steps=(3,), settings=FEW)
 
 
-def test_changed_weights_are_another_network(folder):
-    pipe = fastdiff.Pipeline.from_pretrained(folder)
-    with torch.no_grad():
-        next(pipe.parts.unet.parameters()).add_(0.01)
+def test_other_weights_are_another_network(folder, tmp_path):
+    file = shutil.copytree(folder, tmp_path / "other") / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"conv_in.bias": tensors["conv_in.bias"] + 0.01}, file)
+    pipe = fastdiff.Pipeline.from_pretrained(tmp_path / "other")
     with pytest.raises(ArtifactError, match="calibration is of the network"):
         pipe.load_calibration()
     assert pipe.load_calibration(force=True).timesteps(3)[0] == pytest.approx(999, abs=1)
+
+
+def test_the_same_weights_in_another_type_are_the_same_network(folder):
+    pipe = fastdiff.Pipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    assert pipe.load_calibration().calibration.fitted.keys() == {3}
+
+
+def test_folders_of_diffusers_pipelines_without_prompts(tmp_path):
+    """The network lies in a folder of its own inside the model's, the calibration beside it."""
+    import diffusers
+
+    unet = diffusers.UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8),
+                                 down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+                                 layers_per_block=1, norm_num_groups=4)  # fmt: skip
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    small = ["--samples", "2", "--held-out", "2", "--batch-size", "2", "--teacher-steps", "12", "--iterations", "1"]
+    assert main(["calibrate", "--model", str(tmp_path / "ddpm"), "--steps", "2", *small]) == 0
+    assert (tmp_path / "ddpm" / "calibration.json").is_file()
+    arguments = ["--sampler", "calibrated", "--steps", "2", "--out", str(tmp_path / "out")]
+    assert main(["generate", "--model", str(tmp_path / "ddpm"), *arguments]) == 0

@@ -185,6 +185,12 @@ class Calibrated:
         return [self.path.field_sigma(t) for t in times[:-1]]
 
 
+def place_of(folder: File) -> File:
+    """Where the calibration of a model's folder lies; diffusers keeps networks in folders inside that of the model."""
+    home = folder.parent if (folder.parent / "model_index.json").is_file() else folder
+    return home / NAME
+
+
 def load_for(
     trained: tuple[Path, Prediction],
     model_sha256: str,
@@ -200,7 +206,7 @@ def load_for(
     """
     if file is None and folder is None:
         raise ArtifactError("this model came from no folder: load its calibration with load_calibration(file)")
-    place = File(folder) / NAME if file is None else File(file)  # type: ignore[arg-type]
+    place = place_of(File(folder)) if file is None else File(file)  # type: ignore[arg-type]
     if not place.is_file():
         raise ArtifactError(f"{place}: no such file; fastdiff calibrate makes one")
     found = Calibration.load(place)

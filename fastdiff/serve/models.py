@@ -8,8 +8,7 @@ from typing import Any, Protocol
 from PIL import Image
 from torch import Tensor
 
-from fastdiff.calibration.file import CALIBRATED
-from fastdiff.calibration.file import NAME as CALIBRATION
+from fastdiff.calibration.file import CALIBRATED, place_of
 from fastdiff.errors import BackendError
 from fastdiff.pipeline import Pipeline
 from fastdiff.sampling import SOLVERS
@@ -22,7 +21,7 @@ NOT_FROM_NOISE = ("ddim_inversion",)
 
 def samplers(folder: Path | None) -> tuple[str, ...]:
     """The samplers that a model of this folder may be asked for."""
-    calibrated = (CALIBRATED,) if folder is not None and (folder / CALIBRATION).is_file() else ()
+    calibrated = (CALIBRATED,) if folder is not None and place_of(folder).is_file() else ()
     return (*(sampler for sampler in SOLVERS if sampler not in NOT_FROM_NOISE), *calibrated)
 
 

@@ -92,6 +92,7 @@ def load_folder(
         unet.config.addition_embed_type is not None,
         bool(index.get("force_zeros_for_empty_prompt", False)),
         root,
+        variant,
     )
     return _assembled(parts, place, dtype, backend, exported)
 

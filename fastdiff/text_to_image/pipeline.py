@@ -31,7 +31,7 @@ from fastdiff.models.lora import LoraSet, read_lora
 from fastdiff.models.text import Encoded, TextEncoder, encode
 from fastdiff.models.tiny_autoencoder import AutoencoderTiny
 from fastdiff.models.unet import UNet
-from fastdiff.models.weights import weights_hash
+from fastdiff.models.weights import fingerprint, weights_hash
 from fastdiff.sampling.denoiser import Cond
 from fastdiff.sampling.embedded import choose_steps
 from fastdiff.sampling.guidance import strength_embedding
@@ -63,7 +63,8 @@ class Parts:
     controlnets: tuple[ControlNet, ...] = ()
     xl: bool = False
     zero_empty_prompt: bool = False  # SDXL: no negative prompt is zeros, not the encoded empty text
-    folder: File | None = None  # where they came from
+    folder: File | None = None  # where they came from; the UNet's weights lie in ``unet``
+    variant: str | None = None  # which of several weights
 
 
 class Guiding(NamedTuple):
@@ -107,11 +108,14 @@ class TextToImage:
         return self.parts.sampler.trained()
 
     def model_hash(self) -> str:
-        """The SHA-256 of the UNet's weights as they are, adapters included, see ``weights_hash``."""
-        return weights_hash(self.parts.unet)
+        """The SHA-256 of the UNet's weights: of its file, whatever they are converted to and whichever adapters run;
+        of the tensors as they are where the model came from no folder.
+        """
+        parts = self.parts
+        return weights_hash(parts.unet) if parts.folder is None else fingerprint(parts.folder / "unet", parts.variant)
 
     def load_calibration(self, file: str | os.PathLike[str] | None = None, force: bool = False) -> Calibrated:
-        """Load what ``sampler="calibrated"`` means; see docs/CALIBRATION.md. Before adapters, or with ``force``.
+        """Load what ``sampler="calibrated"`` means; see docs/CALIBRATION.md.
 
         Args:
             file: what ``fastdiff calibrate`` wrote; by default ``calibration.json`` in the model's folder.
