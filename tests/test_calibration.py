@@ -303,8 +303,8 @@ def test_the_command_writes_a_file_and_draws_by_it(model, tmp_path, capsys):
     facts = json.loads(capsys.readouterr().out)
     found = Calibration.load(out)
     assert facts["steps"]["3"]["error"] == found.fitted[3].error and found.guidance_scale == (1.0, 1.0)
-    assert main(["generate", "--model", str(model), "--sampler", "calibrated", "--steps", "3", "--class-labels", "1",
-                 "--out", str(tmp_path / "pictures")]) == 0  # fmt: skip
+    asked = ["--sampler", "calibrated", "--calibration", str(out), "--steps", "3", "--class-labels", "1"]
+    assert main(["generate", "--model", str(model), *asked, "--out", str(tmp_path / "pictures")]) == 0
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
     capsys.readouterr()
     assert main(["calibrate", "--model", str(model), "--steps", "3,x", "--out", str(out)]) == 2

@@ -16,7 +16,7 @@ from fastdiff.calibration.run import Settings, calibrate
 from fastdiff.cli.common import show
 from fastdiff.cli.generate import DTYPES
 from fastdiff.errors import PlanError
-from fastdiff.pipeline import Pipeline, resolve
+from fastdiff.pipeline import BUNDLED, Pipeline, resolve
 
 USUAL = Settings()
 
@@ -25,7 +25,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     add = command.add_argument
     add("--steps", default="4,6,8", metavar="N,N", help="numbers of network calls to fit for (default: 4,6,8)")
-    add("--out", type=Path, help=f"file to write (default: {NAME} in the model's folder); goes on where it stopped")
+    add("--out", type=Path, help=f"file to write, or to go on with (default: {NAME} in the model's folder, "
+        "for bundled models in this one)")  # fmt: skip
     add(
         "--guidance-scale", type=float, nargs="+", metavar="STRENGTH",
         help="one strength, or the least and the largest (default: the model's own)",
@@ -57,7 +58,9 @@ def run(options: argparse.Namespace) -> int:
     pipe: Any = Pipeline.from_pretrained(
         options.model, device=options.device, dtype=DTYPES[options.dtype], backend=options.backend
     )
-    out = options.out or resolve(options.model) / NAME
+    folder = resolve(options.model)
+    # a bundled model lies where the package was installed, which is nobody's place to write
+    out = options.out or (Path(NAME) if folder.parent == BUNDLED else folder / NAME)
     settings = Settings(**{name: getattr(options, name) for name in Settings._fields if hasattr(options, name)})
     start = time.perf_counter()
     quiet = options.json or not sys.stderr.isatty()

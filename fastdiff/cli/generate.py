@@ -26,7 +26,7 @@ TEXT_ONLY = ("prompt", "negative_prompt", "height", "width", "image", "mask_imag
              "vae_tiling")  # fmt: skip
 BUILT_TEXT = TEXT_ONLY[:4]  # what built folders take too
 MODEL_ONLY = ("steps", "sampler", "guidance_scale", "guidance_rescale", "guidance_interval", "clip", "grid", "eta",
-              "gamma", "artifact", "tolerance")  # fmt: skip
+              "gamma", "artifact", "tolerance", "calibration")  # fmt: skip
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -61,6 +61,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--sampler",
         help=f"one of {', '.join(SOLVERS)}, or calibrated; options follow a colon: unipc:order=3,corrector=false",
     )
+    add("--calibration", type=Path, metavar="FILE",
+        help="what calibrated means (default: calibration.json in the model's folder)")  # fmt: skip
     add("--guidance-scale", type=float, help="strength of guidance; 1 means none (default: the model's own)")
     add("--guidance", default="cfg", help=f"how to guide: one of {', '.join(GUIDANCES)} (default: cfg)")
     add("--guidance-rescale", type=float, default=0.0, help="keep the contrast of the unguided output, 0 to 1")
@@ -117,6 +119,8 @@ def generate(options: argparse.Namespace) -> int:
         options.model, device="cpu" if options.cpu_offload else options.device, dtype=DTYPES[options.dtype],
         backend=options.backend, artifact=options.artifact,
     )  # fmt: skip
+    if options.calibration is not None:
+        pipe.load_calibration(options.calibration)
     latents = read_latents(options.latents) if options.latents else None
     start = time.perf_counter()
     if isinstance(pipe, TextToImage):
@@ -125,7 +129,7 @@ def generate(options: argparse.Namespace) -> int:
         sampler = options.sampler or pipe.parts.sampler.options.name
         facts = {
             "sampler": sampler,
-            "steps": str(options.steps or _usual_steps(pipe, options.sampler)),
+            "steps": str(options.steps or _usual_steps(pipe, options)),
             "software": "fastdiff",
         }
         return _written(options, images, facts, seconds)
@@ -183,8 +187,10 @@ def _from_built(options: argparse.Namespace) -> int:
     return _written(options, images, facts, seconds)
 
 
-def _usual_steps(pipe: TextToImage, sampler: str | None) -> int:
-    return pipe.load_calibration().calibration.steps(None) if sampler == CALIBRATED else DEFAULT_STEPS
+def _usual_steps(pipe: TextToImage, options: argparse.Namespace) -> int:
+    if options.sampler != CALIBRATED:
+        return DEFAULT_STEPS
+    return pipe.load_calibration(options.calibration).calibration.steps(None)
 
 
 def _text_to_image(pipe: TextToImage, options: argparse.Namespace, latents: torch.Tensor | None) -> list[Image.Image]:
@@ -201,7 +207,7 @@ def _text_to_image(pipe: TextToImage, options: argparse.Namespace, latents: torc
     with tqdm(desc="sampling", unit="step", disable=options.json or not sys.stderr.isatty()) as bar:
         images: list[Image.Image] = pipe(
             options.prompt, negative_prompt=options.negative_prompt, height=options.height, width=options.width,
-            strength=options.strength, num_inference_steps=options.steps or _usual_steps(pipe, options.sampler),
+            strength=options.strength, num_inference_steps=options.steps or _usual_steps(pipe, options),
             tolerance=options.tolerance, sampler=options.sampler,
             guidance_scale=options.guidance_scale, guidance_rescale=options.guidance_rescale, eta=options.eta,
             num_images_per_prompt=options.num_images_per_prompt, seed=options.seed, latents=latents, **pictures,
