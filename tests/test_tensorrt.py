@@ -146,10 +146,10 @@ def test_a_build_can_be_cancelled_and_interrupted(graph):
 def test_ctrl_c_stops_a_build(tmp_path):
     """At any moment: signals come to the main thread, whatever the library does in another."""
     program = (
-        "import sys, pathlib\n"
+        "import sys, pathlib, time\n"
         "from fastdiff.backends.trt_library import find_library\n"
         "from fastdiff.export import tensorrt\n"
-        "told = lambda: print('building', flush=True)\n"
+        "told = lambda: [print('building', flush=True), time.sleep(0.02)][1]\n"  # so that it is not over before
         "recipe = tensorrt.Recipe(({'batch': (1, 1, 1), 'height': (8, 8, 8), 'width': (8, 8, 8)},), ('sm86',))\n"
         "tensorrt.build_plan(find_library('tensorrt_rtx'), pathlib.Path(sys.argv[1]), recipe, cancelled=told)\n"
     )
