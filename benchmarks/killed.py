@@ -111,9 +111,9 @@ async def under_load(running: Server, kills: int, expected: Sequence[str], key: 
             kind = draw.randrange(KINDS) if again is None else again
             name, asked = f"asked-{asked}", asked + 1
             try:
-                told = outcome(
-                    await ask(running, bodies[kind], x_request_id=name, authorization=f"Bearer {key}"), expected[kind]
-                )
+                # what waits for a replica that is being started waits long where many want the cores
+                headers = {"x_request_id": name, "authorization": f"Bearer {key}"}
+                told = outcome(await ask(running, bodies[kind], 2 * PATIENCE, **headers), expected[kind])
             except (TimeoutError, OSError) as error:
                 told = f"wrong: {type(error).__name__}"
             outcomes[told] += 1
