@@ -56,7 +56,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
     )
     ticks = sorted({int(n) for curve in found["curves"].values() for n in curve})
     axes.set_xticks(ticks, [str(n) for n in ticks])
-    axes.minorticks_off()
+    axes.xaxis.set_tick_params(which="minor", bottom=False)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=110)
