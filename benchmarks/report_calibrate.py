@@ -52,7 +52,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
         calls = sorted(curve, key=int)
         axes.plot([int(n) for n in calls], [curve[n] for n in calls], marker=marker, markersize=8, label=name)
     axes.set(
-        xscale="log", yscale="log", xlabel="network calls", ylabel=f"Frechet distance of {found['curve images']} digits"
+        xscale="log", xlabel="network calls", ylabel=f"Frechet distance of {found['curve images']} digits"
     )
     ticks = sorted({int(n) for curve in found["curves"].values() for n in curve})
     axes.set_xticks(ticks, [str(n) for n in ticks])
