@@ -55,8 +55,7 @@ def suite(name: str, *arguments: str) -> Bar:
 
 
 def command(
-    name: str, text: str, quick: str, bars: Callable[[bool, dict[str, Any]], Iterator[Bar]],
-    arguments: Sequence[str] | None,
+    name: str, text: str, quick: str, bars: Callable[..., Iterator[Bar]], arguments: Sequence[str] | None, **files: str
 ) -> int:  # fmt: skip
     """Run a check with ``--quick`` and ``--out``, print its bars and return its exit code.
 
@@ -64,18 +63,22 @@ def command(
         name: of the target in the Makefile.
         text: for ``--help``.
         quick: what ``--quick`` leaves out.
-        bars: makes the bars; may add details to the report it is given.
+        bars: makes the bars from ``quick`` and a report, to which it may add details; and from ``files`` by name.
         arguments: of the command line.
+        files: more options, each the path of a file, and what it is.
     """
     parser = argparse.ArgumentParser(description=text)
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--out", type=Path, help="write bars and details to this JSON file")
+    for option, what in files.items():
+        parser.add_argument(f"--{option}", type=Path, metavar="FILE", help=what)
     options = parser.parse_args(arguments)
     report: dict[str, Any] = {"command": f"make {name}" + (" QUICK=1" if options.quick else "")}
+    given = {option: getattr(options, option) for option in files}
     shown: list[Bar] = []
 
     def kept() -> Iterator[Bar]:
-        for bar in bars(options.quick, report):
+        for bar in bars(options.quick, report, **given):
             shown.append(bar)
             yield bar
 

@@ -56,6 +56,8 @@ def test_one_call(
     try:
         pipe = Pipeline.from_pretrained(MODEL, device=device, backend=backend, artifact=artifact)
     except BackendError as error:
+        if backend == "eager":  # which needs nothing that could be missing
+            raise
         pytest.skip(f"{backend} cannot run here: {error}")
     loop = make_loop(pipe, "flow_map", 4, batch)
     call = one_call(pipe.network, loop, batch)

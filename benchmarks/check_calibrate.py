@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,8 +16,8 @@ from typing import Any
 import torch
 
 from fastdiff.benchmarks import accuracy, calibrated, quality
-from fastdiff.benchmarks.bars import Bar, at_most, not_measured, show, suite
-from fastdiff.benchmarks.environment import environment, write_json
+from fastdiff.benchmarks.bars import Bar, at_most, command, not_measured, suite
+from fastdiff.benchmarks.environment import environment
 from fastdiff.calibration import Calibration
 from fastdiff.errors import ArtifactError
 from fastdiff.pipeline import Pipeline
@@ -44,6 +43,7 @@ def error_bars(
         "calibrated": [],
         "peers' runs that ended in an error": refused,
     }  # fmt: skip
+    yield Bar(f"{problem.name}: peers' runs that ended in an error", len(refused), "for comparison", True)
     for n in calls:
         mine = calibrated.score(problem, found, n)
         best = min((one for one in scores if one.budget == n), key=lambda one: one.error)
@@ -115,8 +115,9 @@ def random_bars(count: int, details: Details) -> Iterator[Bar]:
     yield at_most(f"{count} random problems: largest calibrated over classical error", worst.ratio, 1.0)
 
 
-def bars(quick: bool, data: Path | None, details: Details) -> Iterator[Bar]:
+def bars(quick: bool, details: Details, data: Path | None) -> Iterator[Bar]:
     """All of them."""
+    details["environment"] = environment(torch.device("cpu"))
     calls = (5,) if quick else CALLS
     if data is None:
         yield not_measured("mixture fitted to Fashion-MNIST: give --data fashion_mnist.npz", f"<= {HALF:g}")
@@ -139,23 +140,11 @@ def bars(quick: bool, data: Path | None, details: Details) -> Iterator[Bar]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print every bar as it is measured."""
-    parser = argparse.ArgumentParser(prog="python -m fastdiff.benchmarks.check_calibrate", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="five calls alone, fewer images and problems")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="fashion_mnist.npz")
-    parser.add_argument("--out", type=Path, help="write bars and details to this JSON file")
-    options = parser.parse_args(arguments)
-    details: Details = {"environment": environment(torch.device("cpu")), "quick": options.quick}
-    shown: list[Bar] = []
-
-    def kept() -> Iterator[Bar]:
-        for bar in bars(options.quick, options.data, details):
-            shown.append(bar)
-            yield bar
-
-    code = show(kept())
-    if options.out:
-        write_json(options.out, details | {"bars": [bar._asdict() for bar in shown]})
-    return code
+    assert __doc__
+    return command(
+        "check-calibrate", __doc__, "five calls alone, fewer images and problems", bars, arguments,
+        data="fashion_mnist.npz",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def errors(results: dict[str, Any]) -> str:
         "sampler is the best of all of ours, diffusers' and k-diffusion's over many grids on that same noise. "
         f"{len(trials)} random problems: median ratio {trials[len(trials) // 2]:.2f}, largest {trials[-1]:.2f}. "
         f"{facts['cpu']}, {facts['threads']} threads, torch {facts['versions']['torch']}; "
-        f"`make check-calibrate{' QUICK=1' if results['quick'] else ''}`, {facts['date']}.",
+        f"`{results['command']}`, {facts['date']}.",
     ])  # fmt: skip
 
 
@@ -51,9 +51,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
     for (name, curve), marker in zip(found["curves"].items(), "^*o", strict=True):
         calls = sorted(curve, key=int)
         axes.plot([int(n) for n in calls], [curve[n] for n in calls], marker=marker, markersize=8, label=name)
-    axes.set(
-        xscale="log", xlabel="network calls", ylabel=f"Frechet distance of {found['curve images']} digits"
-    )
+    axes.set(xscale="log", xlabel="network calls", ylabel=f"Frechet distance of {found['curve images']} digits")
     ticks = sorted({int(n) for curve in found["curves"].values() for n in curve})
     axes.set_xticks(ticks, [str(n) for n in ticks])
     axes.xaxis.set_tick_params(which="minor", bottom=False)

@@ -15,7 +15,7 @@ from fastdiff.backends import Spec, load_backend
 from fastdiff.backends.eager import ops_for
 from fastdiff.backends.in_memory import walk_of
 from fastdiff.built import BuiltPipeline, BuiltTextToImage, is_built, load_built
-from fastdiff.calibration.file import AUTO, CALIBRATED, Calibrated, load_for
+from fastdiff.calibration.file import AUTO, Calibrated, load_for, settle
 from fastdiff.errors import ArtifactError, PlanError
 from fastdiff.images import Output, to_images
 from fastdiff.integrations.schedulers import Sampler, from_diffusers_scheduler
@@ -334,17 +334,11 @@ class Pipeline:
         tolerance: float | None = None,
     ) -> tuple[str | Solver | Planner, int | str]:
         """Return the sampler and the number of steps of a call, with the model's defaults where None is given."""
-        chosen = sampler or self.sampler or ("flow_map" if self.prediction.two_time else "dpmpp_2m")
-        if chosen == CALIBRATED:
-            chosen = self._calibrated or self.load_calibration()
-        if isinstance(chosen, Calibrated):
-            return chosen, chosen.calibration.steps(num_inference_steps, tolerance)
-        if tolerance is not None and num_inference_steps != AUTO:
-            raise PlanError(
-                f"tolerance is {tolerance:g}, num_inference_steps {num_inference_steps!r}; it goes with 'auto'"
-            )
-        steps = num_inference_steps if num_inference_steps is not None else 4 if chosen == "flow_map" else 20
-        return chosen, steps
+        usual = self.sampler or ("flow_map" if self.prediction.two_time else "dpmpp_2m")
+        chosen, steps = settle(
+            sampler or usual, num_inference_steps, tolerance, lambda: self._calibrated or self.load_calibration()
+        )
+        return chosen, (4 if chosen == "flow_map" else 20) if steps is None else steps
 
     def labels(self, class_labels: int | Sequence[int] | None, repeat: int = 1) -> list[int | None]:
         """Check labels and repeat each; ``[None]`` stands for one image of a model without classes.

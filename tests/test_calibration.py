@@ -19,11 +19,13 @@ from fastdiff.calibration.run import Settings
 from fastdiff.calibration.teacher import follow
 from fastdiff.calibration.walking import Family
 from fastdiff.cli import main
+from fastdiff.engine import engine
 from fastdiff.errors import ArtifactError, PlanError
 from fastdiff.sampling.analytic import Mixture, network
 from fastdiff.sampling.parts import make_solver
 from fastdiff.sampling.path import PATHS, RectifiedFlow
 from fastdiff.sampling.prediction import PREDICTIONS, Velocity
+from fastdiff.sampling.solvers import non_stationary
 
 LITTLE = Settings(samples=64, held_out=64, batch_size=32, teacher_steps=64, iterations=4, share=64)
 SHAPE = (1, 2, 3)
@@ -270,13 +272,17 @@ def test_another_network_is_refused_unless_forced(model, tmp_path):
     assert other(0, sampler="calibrated", num_inference_steps=3, output_type="pt").images.isfinite().all()
 
 
+def test_an_engine_has_as_many_registers_as_the_longest_calibrated_walk_reads():
+    assert non_stationary.MAX_HISTORY <= engine.MAX_HISTORY
+
+
 def test_the_engine_runs_it_beside_others(model):
     pipe = fastdiff.Pipeline.from_pretrained(model)
-    with fastdiff.Engine(pipe) as engine:
-        tickets = [engine.submit(i % 3, sampler=name, seed=i, num_inference_steps=4)
+    with fastdiff.Engine(pipe) as running:
+        tickets = [running.submit(i % 3, sampler=name, seed=i, num_inference_steps=4)
                    for i, name in enumerate(("calibrated", "unipc", "calibrated", "ddim"))]  # fmt: skip
         together = [ticket.result() for ticket in tickets]
-        alone = engine.submit(2, sampler="calibrated", seed=2, num_inference_steps=4).result()
+        alone = running.submit(2, sampler="calibrated", seed=2, num_inference_steps=4).result()
     assert torch.equal(together[2], alone)
 
 

@@ -54,7 +54,9 @@ def test_prompts_are_drawn_by_it(folder):
     with pytest.raises(PlanError, match="made for 3 to 5"):
         pipe("a cat", sampler="calibrated", num_inference_steps=3, guidance_scale=7.5, **GIVEN)
     with pytest.raises(PlanError, match="this calibration has 3"):
-        pipe("a cat", sampler="calibrated", guidance_scale=4.0, **GIVEN)  # 50 steps unless told otherwise
+        pipe("a cat", sampler="calibrated", num_inference_steps=50, guidance_scale=4.0, **GIVEN)
+    told = pipe("red", sampler="calibrated", guidance_scale=4.0, seed=2, output_type="latent", **GIVEN).images
+    assert torch.equal(told, by_hand)  # the most accurate unless told otherwise
 
 
 def test_the_command_takes_the_number_of_steps_from_the_file(folder, tmp_path):

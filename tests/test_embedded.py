@@ -43,6 +43,9 @@ def test_the_error_keeps_to_the_tolerance(path, prediction):
     [
         ({"sampler": "ddim"}, "allowed: 'unipc'"),
         ({"sampler": "unipc:corrector=false"}, "allowed: 'unipc'"),
+        ({"sampler": "unipc:predict_x0=false"}, "allowed: 'unipc'"),
+        ({"sampler": "unipc", "timesteps": [900, 400]}, "timesteps"),
+        ({"sampler": "unipc", "sigmas": [0.9, 0.4]}, "sigmas"),
         ({"sampler": "unipc", "tolerance": None}, "tolerance is None"),
         ({"sampler": "unipc", "tolerance": -1.0}, "tolerance is -1.0"),
         ({"sampler": "unipc", "tolerance": 1e-9}, "allowed: up to 200"),
@@ -52,6 +55,20 @@ def test_what_cannot_be_chosen_is_refused(options, said):
     fn = network(data(), PATHS["straight"](), PREDICTIONS["velocity"])
     with pytest.raises(PlanError, match=said):
         choose_steps(fn, SHAPE, **{"tolerance": 0.1, "seed": 0} | options)
+
+
+def test_from_a_picture_the_walk_that_is_left_is_judged():
+    """Half of the way, from half of the noise, is less wrong than the whole of as many steps: fewer are needed."""
+    fn = network(data(), PATHS["straight"](), PREDICTIONS["velocity"])
+    image = data().draw(4, torch.Generator().manual_seed(0)).float()
+    given = {"sampler": "unipc", "seed": 3, "image": image, "strength": 0.5}
+    chosen = [choose_steps(fn, SHAPE, tolerance=tolerance, **given) for tolerance in (0.1, 0.01)]
+    truth = fastdiff.sample(fn, SHAPE, num_inference_steps=400, **given | {"sampler": "dpmpp_3m"})
+    for steps, tolerance in zip(chosen, (0.1, 0.01), strict=True):
+        x = fastdiff.sample(fn, SHAPE, num_inference_steps=steps, **given)
+        errors = (x - truth).square().mean((1, 2, 3)).sqrt() / truth.square().mean((1, 2, 3)).sqrt()
+        assert float(errors.max()) < 1.2 * tolerance
+    assert chosen[0] < chosen[1]
 
 
 def test_a_walk_that_ends_in_nan_is_refused():

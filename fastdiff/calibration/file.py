@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path as File
@@ -16,10 +16,12 @@ from fastdiff.models.files import read_json, write_text
 from fastdiff.sampling.parts import initial_scale
 from fastdiff.sampling.path import Path, log_snr
 from fastdiff.sampling.prediction import PREDICTIONS, Prediction
-from fastdiff.sampling.run import Plan
+from fastdiff.sampling.run import Plan, Planner
+from fastdiff.sampling.solvers import Solver
 from fastdiff.sampling.solvers.non_stationary import NonStationary, registers
 from fastdiff.sampling.steering import Strength
 
+Chosen = str | Solver | Planner
 NAME = "calibration.json"
 CALIBRATED = "calibrated"  # the name that asks for what lies in the model's folder
 AUTO = "auto"
@@ -212,6 +214,28 @@ def load_for(
     found = Calibration.load(place)
     found.check(model_sha256, force)
     return found.sampler(*trained)
+
+
+def settle(
+    sampler: Chosen, steps: int | str | None, tolerance: float | None, load: Callable[[], Calibrated]
+) -> tuple[Chosen, int | str | None]:
+    """The sampler and the number of steps of a call: a calibrated one by name is loaded, and says how many it has.
+
+    Args:
+        sampler: what is asked for.
+        steps: likewise; ``"auto"`` stays where nothing is calibrated, None where nothing is asked for.
+        tolerance: belongs to ``"auto"``.
+        load: the model's calibration.
+
+    Raises:
+        PlanError: if there is no such number of steps, or a tolerance without ``"auto"``.
+    """
+    chosen = load() if sampler == CALIBRATED else sampler
+    if isinstance(chosen, Calibrated):
+        return chosen, chosen.calibration.steps(steps, tolerance)
+    if tolerance is not None and steps != AUTO:
+        raise PlanError(f"tolerance is {tolerance:g}, num_inference_steps {steps!r}; it goes with 'auto'")
+    return chosen, steps
 
 
 def _fitted(steps: int, entry: Mapping[str, Any]) -> Fitted:

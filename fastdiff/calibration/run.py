@@ -182,7 +182,7 @@ def _started(header: Calibration, out: str | os.PathLike[str] | None) -> Calibra
 def _begin(
     target: Any, shape: Sequence[int] | None, inputs: Inputs | None, images: list[int], options: Mapping[str, Any]
 ) -> Begin:
-    """Runs of one batch: image ``i`` has seed ``i``, and an input drawn by it."""
+    """Runs of one batch: image ``i`` has seed ``i``; inputs are drawn by the first of them."""
     if shape is not None:
         asked = dict(inputs(images)) if callable(inputs) else {}
         size = (len(images), *shape)

@@ -14,13 +14,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastdiff.built import BuiltTextToImage, is_built, load_built
-from fastdiff.calibration.file import AUTO, CALIBRATED
+from fastdiff.calibration.file import AUTO
 from fastdiff.cli.common import DTYPES, add_running_options, show
 from fastdiff.errors import ArtifactError, PlanError
 from fastdiff.images import save_png
 from fastdiff.pipeline import Pipeline
 from fastdiff.sampling import GRIDS, GUIDANCES, SOLVERS
-from fastdiff.text_to_image import DEFAULT_STEPS, TextToImage
+from fastdiff.text_to_image import TextToImage
 
 TEXT_ONLY = ("prompt", "negative_prompt", "height", "width", "image", "mask_image", "strength", "lora", "cpu_offload",
              "vae_tiling")  # fmt: skip
@@ -127,11 +127,7 @@ def generate(options: argparse.Namespace) -> int:
         images = _text_to_image(pipe, options, latents)
         seconds = time.perf_counter() - start
         sampler = options.sampler or pipe.parts.sampler.options.name
-        facts = {
-            "sampler": sampler,
-            "steps": str(options.steps or _usual_steps(pipe, options)),
-            "software": "fastdiff",
-        }
+        facts = {"sampler": sampler, "steps": _told(pipe, options), "software": "fastdiff"}
         return _written(options, images, facts, seconds)
     wrong = next((name for name in TEXT_ONLY if getattr(options, name)), None)
     if wrong:
@@ -151,14 +147,15 @@ def generate(options: argparse.Namespace) -> int:
             callback_on_step_end=lambda *_: bar.update(),
         ).images  # fmt: skip
     seconds = time.perf_counter() - start
-    sampler, count = pipe.choose(options.sampler, options.steps, options.tolerance)
-    facts = {
-        "sampler": options.sampler or str(sampler),
-        "steps": str(count),
-        "model": pipe.model_hash(),
-        "software": "fastdiff",
-    }
+    sampler = options.sampler or str(pipe.choose(None, None)[0])
+    facts = {"sampler": sampler, "steps": _told(pipe, options), "model": pipe.model_hash(), "software": "fastdiff"}
     return _written(options, images, facts, seconds)
+
+
+def _told(pipe: Pipeline | TextToImage, options: argparse.Namespace) -> str:
+    """The number of steps as pictures tell it."""
+    steps = pipe.choose(options.sampler, options.steps, options.tolerance)[1]
+    return f"auto, tolerance {options.tolerance:g}" if steps == AUTO else str(steps)
 
 
 def _from_built(options: argparse.Namespace) -> int:
@@ -187,12 +184,6 @@ def _from_built(options: argparse.Namespace) -> int:
     return _written(options, images, facts, seconds)
 
 
-def _usual_steps(pipe: TextToImage, options: argparse.Namespace) -> int:
-    if options.sampler != CALIBRATED:
-        return DEFAULT_STEPS
-    return pipe.load_calibration(options.calibration).calibration.steps(None)
-
-
 def _text_to_image(pipe: TextToImage, options: argparse.Namespace, latents: torch.Tensor | None) -> list[Image.Image]:
     _check_prompt(options)
     if options.cpu_offload:
@@ -207,7 +198,7 @@ def _text_to_image(pipe: TextToImage, options: argparse.Namespace, latents: torc
     with tqdm(desc="sampling", unit="step", disable=options.json or not sys.stderr.isatty()) as bar:
         images: list[Image.Image] = pipe(
             options.prompt, negative_prompt=options.negative_prompt, height=options.height, width=options.width,
-            strength=options.strength, num_inference_steps=options.steps or _usual_steps(pipe, options),
+            strength=options.strength, num_inference_steps=options.steps,
             tolerance=options.tolerance, sampler=options.sampler,
             guidance_scale=options.guidance_scale, guidance_rescale=options.guidance_rescale, eta=options.eta,
             num_images_per_prompt=options.num_images_per_prompt, seed=options.seed, latents=latents, **pictures,

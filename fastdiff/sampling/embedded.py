@@ -19,10 +19,11 @@ from torch import Tensor
 from fastdiff.errors import PlanError
 from fastdiff.sampling import loop
 from fastdiff.sampling.denoiser import Network
+from fastdiff.sampling.inpaint import shorten
 from fastdiff.sampling.parts import make_path, make_solver, make_times
 from fastdiff.sampling.path import Path
 from fastdiff.sampling.path.base import ratio
-from fastdiff.sampling.run import Planner, ready
+from fastdiff.sampling.run import ready
 from fastdiff.sampling.solvers.multistep import Multistep
 
 PILOT, MOST = 8, 200  # steps of the walk that estimates, and those that may be chosen
@@ -40,18 +41,21 @@ def choose_steps(
         network: as of ``fastdiff.sample``.
         shape: ``(B, C, H, W)``; the worst image of the batch decides.
         tolerance: error to allow, relative to the sample's own size.
-        options: of ``fastdiff.sample``; ``sampler`` is ``unipc`` in one of its forms.
+        options: of ``fastdiff.sample``; ``sampler`` is ``unipc`` in one of its forms that estimate the data.
 
     Raises:
         PlanError: if the sampler estimates no error, or too many steps were needed.
     """
     sampler = options["sampler"]
     solver = make_solver(sampler, {}) if isinstance(sampler, str) else sampler
-    if isinstance(solver, Planner) or not isinstance(solver, Multistep) or not solver.corrector or solver.eta != 0:
+    if not _estimates(solver):
         raise PlanError(
             f"num_inference_steps is 'auto' with sampler {sampler!r}; allowed: 'unipc', which estimates its own error, "
             "or 'calibrated'"
         )
+    wrong = next((name for name in ("timesteps", "sigmas") if options.get(name) is not None), None)
+    if wrong:
+        raise PlanError(f"num_inference_steps is 'auto' and {wrong} are given; allowed: one of the two")
     if tolerance is None or not tolerance > 0:
         raise PlanError(f"tolerance is {tolerance!r}; num_inference_steps 'auto' needs one, above 0")
     way, end = pilot_errors(network, shape, **options | {"num_inference_steps": PILOT, "sampler": solver})
@@ -75,6 +79,8 @@ def pilot_errors(network: Network | Callable[..., Tensor], shape: Sequence[int],
     run = ready(network, shape, **options)
     path = make_path(options.get("path", "straight"))
     times = make_times(path, PILOT, options.get("grid"))
+    if options.get("image") is not None:
+        times = shorten(times, options.get("strength", 1.0))
     shown, gaps, before = run.state.x, [], run.state.x
     last = torch.zeros(())
     for i, state in enumerate(
@@ -82,7 +88,7 @@ def pilot_errors(network: Network | Callable[..., Tensor], shape: Sequence[int],
     ):
         if i:
             gaps.append((times[i], state.anchor - shown))
-        if i == len(times) - 2:  # the last step has no corrector: its estimate is carried on in sigma / alpha
+        if i and i == len(times) - 2:  # the last step has no corrector: its estimate is carried on in sigma / alpha
             here, there = (ratio(path, t) for t in times[i - 1 : i + 1])
             if path.alpha_sigma(times[-1])[1] == 0 and math.isfinite(here):
                 last = _size(state.x - before) * (there / (here - there))
@@ -90,6 +96,13 @@ def pilot_errors(network: Network | Callable[..., Tensor], shape: Sequence[int],
     size = _size(shown)
     total = sum((_size(gap) * _carried(path, t, size) for t, gap in gaps), torch.zeros_like(size))
     return float((total / size).max()), float((last / size).max())
+
+
+def _estimates(solver: object) -> bool:
+    """Does a solver of the ODE correct what it predicted, and remember its estimates of the data?"""
+    return (
+        isinstance(solver, Multistep) and bool(solver.corrector) and solver.eta == 0 and solver.form.predicts == "data"
+    )
 
 
 def _size(x: Tensor) -> Tensor:

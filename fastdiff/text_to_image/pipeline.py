@@ -21,7 +21,7 @@ from fastdiff.arguments import Prompt, arguments_of_a_run, listed
 from fastdiff.backends.control import Control, ControlledNetwork
 from fastdiff.backends.eager import checked_device, ops_for
 from fastdiff.backends.in_memory import network_of, walk_of
-from fastdiff.calibration.file import AUTO, CALIBRATED, Calibrated, load_for
+from fastdiff.calibration.file import AUTO, Calibrated, load_for, settle
 from fastdiff.errors import PlanError, ShapeError
 from fastdiff.images import OUTPUTS, Output, Picture, fitting_size, grown, to_images, to_tensor
 from fastdiff.integrations.schedulers import Sampler
@@ -127,19 +127,18 @@ class TextToImage:
         self._calibrated = load_for(self.trained(), self.model_hash(), self.parts.folder, file, force)
         return self._calibrated
 
-    def _source(
-        self, sampler: Planner | str | Solver | None, steps: int | str, tolerance: float | None, strength: float
-    ) -> tuple[Planner | str | Solver, int | str]:
-        """The sampler of a call, and its number of steps."""
-        chosen = sampler or self.parts.sampler
-        if chosen == CALIBRATED:
-            chosen = self._calibrated or self.load_calibration()
-        if isinstance(chosen, Calibrated):
-            chosen.calibration.check_strength(strength)
-            return chosen, chosen.calibration.steps(steps, tolerance)
-        if tolerance is not None and steps != AUTO:
-            raise PlanError(f"tolerance is {tolerance:g}, num_inference_steps {steps!r}; it goes with 'auto'")
-        return chosen, steps
+    def choose(
+        self,
+        sampler: str | Solver | Planner | None,
+        num_inference_steps: int | str | None,
+        tolerance: float | None = None,
+    ) -> tuple[str | Solver | Planner, int | str]:
+        """Return the sampler and the number of steps of a call, with the model's defaults where None is given."""
+        chosen, steps = settle(
+            sampler or self.parts.sampler, num_inference_steps, tolerance,
+            lambda: self._calibrated or self.load_calibration(),
+        )  # fmt: skip
+        return chosen, DEFAULT_STEPS if steps is None else steps
 
     # --- memory -----------------------------------------------------------------------------------------------------
 
@@ -280,7 +279,7 @@ class TextToImage:
         height: int | None = None,
         width: int | None = None,
         strength: float | None = None,
-        num_inference_steps: int | str = DEFAULT_STEPS,
+        num_inference_steps: int | str | None = None,
         tolerance: float | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
@@ -324,8 +323,9 @@ class TextToImage:
             height: of the result, a multiple of 8; the model's own, or that of ``image``, unless given.
             width: likewise.
             strength: how much of ``image`` is made anew: 0.8 unless given, SDXL 0.3; with a mask 1, SDXL 0.9999.
-            num_inference_steps: as the scheduler counts them. ``"auto"``: the fewest that keep the error within
-                ``tolerance``, known beforehand of a calibrated sampler, estimated by a walk of 8 steps for ``unipc``.
+            num_inference_steps: as the scheduler counts them, 50 unless given. ``"auto"``: the fewest that keep the
+                error within ``tolerance``, known beforehand of a calibrated sampler, estimated by a walk of 8 steps
+                for ``unipc``.
             tolerance: error to allow ``"auto"``, relative to the latents' own size.
             timesteps: in the scheduler's own units, where it takes them.
             sigmas: likewise.
@@ -415,7 +415,9 @@ class TextToImage:
             raise PlanError("give seed or generator, not both")
         parts, config = self.parts, self.parts.unet.config
         scale = self.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
-        source, count = self._source(asked.sampler, asked.num_inference_steps, asked.tolerance, scale)
+        source, count = self.choose(asked.sampler, asked.num_inference_steps, asked.tolerance)
+        if isinstance(source, Calibrated):
+            source.calibration.check_strength(scale)
         text = self._texts(
             asked.prompt, asked.prompt_2, asked.prompt_embeds, asked.pooled_prompt_embeds, asked.clip_skip, "prompt"
         )
