@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import logging.handlers
 import sys
 from dataclasses import dataclass, field
 
@@ -26,10 +27,12 @@ from fastdiff.errors import ArtifactError, BackendError, PlanError
 from fastdiff.images import parts_of, save_png
 from fastdiff.serve import Settings
 from fastdiff.serve.asgi import Guard
+from fastdiff.serve.logs import JsonFormatter
 from fastdiff.serve.ray import Row, Scale, Source, cluster, draw, read_table
 from fastdiff.serve.ray.cluster import check, fit, last_line
 from fastdiff.serve.ray.front import Answers, Whole, middlewares
 from fastdiff.serve.ray.painter import Painter, is_made
+from fastdiff.serve.ray.run import _deploy
 
 EAGER = Source("digits", backend="eager")
 STEPS = {"num_inference_steps": 2}
@@ -155,9 +158,14 @@ def test_a_body_is_read_and_measured_before_the_proxy_sees_the_request():
     assert len(seen) == 1
 
 
-def test_the_proxies_are_given_all_of_it(monkeypatch):
-    monkeypatch.setattr("logging.config.dictConfig", lambda config: None)
+def test_the_proxies_are_given_all_of_it_and_keep_their_logs(monkeypatch):
+    """Ray asks a proxy's handlers for their file when it is ready; a closed one has none, and the start fails."""
+    files = logging.handlers.MemoryHandler(1, target=logging.NullHandler())
+    monkeypatch.setattr(logging.getLogger(), "handlers", [files])
     assert [middleware.cls for middleware in middlewares()] == [Whole, Guard, Answers]
+    (ours,) = logging.getLogger().handlers
+    assert isinstance(ours.formatter, JsonFormatter) and ours.stream is sys.__stderr__
+    assert files.target is not None
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -378,6 +386,26 @@ def test_a_cluster_of_ones_own_asks_for_a_token_and_listens_to_nobody_else(on_ra
         for connection in process.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN:
                 assert connection.laddr.ip in ("127.0.0.1", "::1", "::ffff:127.0.0.1"), process.cmdline()
+
+
+def test_its_workers_run_with_our_own_priority(on_ray):
+    """Ray's usual 15 starves replicas on a machine that does anything else: requests waited for minutes."""
+    import ray
+
+    @ray.remote
+    def nice():
+        return psutil.Process().nice()
+
+    assert ray.get(nice.remote()) == psutil.Process().nice()
+
+
+def test_proxies_that_do_not_start_are_told_in_one_line(on_ray, monkeypatch):
+    def late(**options):
+        raise TimeoutError("HTTP proxies not available after 60s.")
+
+    monkeypatch.setattr("ray.serve.start", late)
+    with pytest.raises(BackendError, match=r"Ray's proxy did not start: HTTP proxies not available after 60s\."):
+        _deploy(EAGER.located(), "digits", Settings(), fit(Scale()), "info")
 
 
 def test_a_scale_is_fitted_to_the_machines(on_ray):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
 
 
 class JsonFormatter(logging.Formatter):
@@ -25,13 +25,16 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)  # ASCII: a request can put no line break and no control character into the log
 
 
-def log_config(level: str, stream: str = "ext://sys.stderr") -> dict[str, Any]:
-    """For ``logging.config.dictConfig``: our own lines from ``level`` on, those of others from warnings on."""
-    return {
-        "version": 1,
-        "disable_existing_loggers": False,
-        "formatters": {"json": {"()": JsonFormatter}},
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "stream": stream, "formatter": "json"}},
-        "root": {"handlers": ["stderr"], "level": "WARNING"},
-        "loggers": {"fastdiff": {"level": level.upper()}},
-    }
+def log_to(stream: TextIO | None, level: str) -> None:
+    """Write logs to a stream: our own lines from ``level`` on, those of others from warnings on.
+
+    Args:
+        stream: None for ``sys.stderr``.
+        level: a name that ``logging`` knows, in any case.
+    """
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter())
+    root = logging.getLogger()
+    root.handlers = [handler]  # not through dictConfig, which closes every handler of the process: Ray uses its own on
+    root.setLevel(logging.WARNING)
+    logging.getLogger("fastdiff").setLevel(level.upper())

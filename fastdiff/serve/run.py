@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-import logging.config
+import logging
 import signal
 import socket
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from fastdiff.engine import Engine
 from fastdiff.errors import PlanError
 from fastdiff.serve.app import create_app
-from fastdiff.serve.logs import log_config
+from fastdiff.serve.logs import log_to
 from fastdiff.serve.metrics import Metrics
 from fastdiff.serve.models import Served
 from fastdiff.serve.settings import Settings
@@ -36,8 +36,7 @@ def run(served: Served, settings: Settings, level: str, ready: Callable[[str], N
         PlanError: if it is to draw more pixels than the settings allow.
         OSError: if the address cannot be had.
     """
-    config = log_config(level)
-    logging.config.dictConfig(config)
+    log_to(None, level)
     with listen(settings) as listening:
         engine, app = assemble(served, settings)
         server = uvicorn.Server(

@@ -23,12 +23,12 @@ ENDING = (signal.SIGINT, signal.SIGTERM)
 LEAST_RAY = "2.60"
 KNOCK_SECONDS = 5.0
 CORES = 4  # of a worker without a GPU, unless somebody says otherwise
-STDERR = "ext://sys.__stderr__"  # of Ray's processes: Ray Serve puts another in its place, which leads to files
 TOKEN_MODE, TOKEN, TOKEN_FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 # Ray reads these when it is imported, and hands them to every process of a cluster that it starts.
 OF_OUR_OWN = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name: a node's address is the loopback's on any system
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # its 15 starves workers on machines that do anything else
     "RAY_SERVE_LOG_TO_STDERR": "0",  # Ray's own lines are in its files alone
     "RAY_COLOR_PREFIX": "0",
     "RAY_DEDUP_LOGS": "0",  # similar lines of different replicas are different requests

@@ -6,8 +6,8 @@ proxy answers in plain text, or breaks a stream off. Here that becomes an answer
 
 from __future__ import annotations
 
-import logging.config
 import re
+import sys
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -18,8 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fastdiff.serve.asgi import ID, Guard, log
 from fastdiff.serve.errors import GONE, Failure, failure
 from fastdiff.serve.jobs import sent
-from fastdiff.serve.logs import log_config
-from fastdiff.serve.ray.cluster import STDERR
+from fastdiff.serve.logs import log_to
 from fastdiff.serve.settings import Settings
 
 IMPORT_PATH = f"{__name__}.middlewares"
@@ -32,7 +31,7 @@ _OF_RAY = re.compile(r"/-/")  # health and routes of the proxy itself
 
 def middlewares() -> list[Middleware]:
     """What Ray wraps around each proxy, the innermost first; settings come from its environment."""
-    logging.config.dictConfig(log_config("warning", STDERR))
+    log_to(sys.__stderr__, "warning")  # Ray Serve puts another in its place, which leads to files
     return [Middleware(Whole), Middleware(Guard, settings=Settings()), Middleware(Answers)]
 
 

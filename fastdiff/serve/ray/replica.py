@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging.config
+import sys
 from typing import Any
 
 from fastdiff.errors import BackendError
-from fastdiff.serve.logs import log_config
+from fastdiff.serve.logs import log_to
 from fastdiff.serve.prompts import served_of
-from fastdiff.serve.ray.cluster import STDERR, Share
+from fastdiff.serve.ray.cluster import Share
 from fastdiff.serve.ray.source import Source
 from fastdiff.serve.run import assemble
 from fastdiff.serve.settings import Settings
@@ -24,7 +24,7 @@ class Replica:
     """One engine and its application. Ray sends it requests, asks for its health, and starts another where it dies."""
 
     def __init__(self, source: Source, name: str, settings: Settings, level: str, threads: int):
-        logging.config.dictConfig(log_config(level, STDERR))
+        log_to(sys.__stderr__, level)  # Ray Serve puts another in its place, which leads to files
         served = served_of(source.load(threads), name, source.sizes, source.preview_decoder)
         self.engine, self._application = assemble(served, settings)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging.config
+import logging
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import redirect_stdout
 
 from fastdiff.errors import BackendError, PlanError
-from fastdiff.serve.logs import log_config
+from fastdiff.serve.logs import log_to
 from fastdiff.serve.ray.cluster import LOCAL, Scale, Share, cluster, fit, installed, last_line
 from fastdiff.serve.ray.cluster import check as check_scale
 from fastdiff.serve.ray.front import IMPORT_PATH
@@ -19,6 +19,8 @@ from fastdiff.serve.run import listen, log, url_at, warn_of_strangers
 from fastdiff.serve.settings import Settings
 
 FRONT = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+# Ray ends a proxy that does not answer for so long. Its own 5 s are too few where a busy machine imports it.
+PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30"}
 
 
 def run(
@@ -53,7 +55,7 @@ def run(
         settings = settings.model_copy(update={"port": _free(settings)})
     elif settings.port == 0:
         raise PlanError("--port is 0; allowed on a cluster that runs: 1 to 65535, the same on every machine")
-    logging.config.dictConfig(log_config(level))
+    log_to(None, level)
     warn_of_strangers(settings)
     out = sys.stdout
     # Ray prints lines of its own between those that programs read
@@ -82,15 +84,19 @@ def _variables(settings: Settings, address: str) -> dict[str, str]:
     told = {f"FASTDIFF_SERVE_{limit.upper()}": str(getattr(settings, limit)) for limit in limits}
     if settings.api_key is not None and address == LOCAL:
         told["FASTDIFF_SERVE_API_KEY"] = settings.api_key.get_secret_value()
-    return told | {FRONT: IMPORT_PATH}
+    return told | {FRONT: IMPORT_PATH} | PATIENCE
 
 
 def _deploy(source: Source, name: str, settings: Settings, share: Share, level: str) -> None:
     from ray import serve
+    from ray.exceptions import RayError
 
     logging.getLogger("ray.serve").setLevel("WARNING")
     quiet = {"log_level": "WARNING", "enable_access_log": False}
-    serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=quiet)
+    try:
+        serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=quiet)
+    except (TimeoutError, RayError) as error:
+        raise BackendError(f"Ray's proxy did not start: {last_line(error)}") from error
     try:
         serve.run(application(source, name, settings, share, level), name=NAME, route_prefix="/")
     except (RuntimeError, serve.exceptions.RayServeException) as error:
