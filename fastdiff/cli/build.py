@@ -17,7 +17,7 @@ from fastdiff.models.autoencoder_files import load_autoencoder
 from fastdiff.models.weights import MANIFEST, load_model
 from fastdiff.pipeline import resolve
 from fastdiff.text_to_image.loading import INDEX, load_text_encoders, part_of, read_index
-from fastdiff.text_to_image.pipeline import usual_strength
+from fastdiff.text_to_image.parts import usual_strength
 
 FORMATS = ("folder", "triton-server")
 

@@ -16,7 +16,7 @@ from fastdiff.models.lora import LoraSet, read_lora
 from fastdiff.models.weights import MANIFEST, Model, ModelInfo, load_model, load_unet
 from fastdiff.pipeline import INDEX, resolve
 from fastdiff.text_to_image.loading import load_controlnet, load_text_encoders, read_index
-from fastdiff.text_to_image.pipeline import usual_strength
+from fastdiff.text_to_image.parts import usual_strength
 
 PARTS = ("unet", "decoder", "controlnet", "text-encoder", "text-encoder-2")
 TARGETS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "onnx")

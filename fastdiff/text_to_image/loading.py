@@ -23,7 +23,8 @@ from fastdiff.models.files import find_weights, inside, read_json, read_metadata
 from fastdiff.models.text import TextEncoder, text_encoder_of
 from fastdiff.models.unet import UNet
 from fastdiff.models.weights import fingerprint, load_strictly, load_unet
-from fastdiff.text_to_image.pipeline import Parts, TextToImage
+from fastdiff.text_to_image.parts import Parts
+from fastdiff.text_to_image.pipeline import TextToImage
 
 INDEX, EXPORTED = "model_index.json", ("onnxruntime", "tensorrt")
 # the kinds of calls that one loaded model answers, whichever of them the folder was saved by

@@ -9,69 +9,35 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path as File
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff.arguments import Prompt, arguments_of_a_run, listed
-from fastdiff.backends.control import Control, ControlledNetwork
 from fastdiff.backends.eager import checked_device, ops_for
 from fastdiff.backends.in_memory import network_of, walk_of
 from fastdiff.calibration.file import AUTO, Calibrated, load_for, settle
-from fastdiff.errors import PlanError, ShapeError
-from fastdiff.images import OUTPUTS, Output, Picture, fitting_size, grown, to_images, to_tensor
-from fastdiff.integrations.schedulers import Sampler
-from fastdiff.models.autoencoder import AutoencoderKL, wide
-from fastdiff.models.controlnet import ControlNet
+from fastdiff.errors import PlanError
+from fastdiff.images import OUTPUTS, Output, Picture, fitting_size, to_images, to_tensor
+from fastdiff.models.autoencoder import wide
 from fastdiff.models.lora import LoraSet, read_lora
-from fastdiff.models.text import Encoded, TextEncoder, encode
-from fastdiff.models.tiny_autoencoder import AutoencoderTiny
-from fastdiff.models.unet import UNet
+from fastdiff.models.text import Encoded, encode
 from fastdiff.models.weights import fingerprint, weights_hash
-from fastdiff.sampling.denoiser import Cond
 from fastdiff.sampling.embedded import choose_steps
-from fastdiff.sampling.guidance import strength_embedding
 from fastdiff.sampling.loop import State
 from fastdiff.sampling.parts import Generators
 from fastdiff.sampling.path import Path
 from fastdiff.sampling.prediction import Prediction
 from fastdiff.sampling.run import Planner, Ready, ready, sample
 from fastdiff.sampling.solvers import Solver
+from fastdiff.text_to_image.conditioning import Conditioning, controlled
 from fastdiff.text_to_image.offload import Offload
+from fastdiff.text_to_image.parts import Parts, usual_strength
 from fastdiff.text_to_image.start import Draws, start
 
 DEFAULT_STEPS = 50
-
-
-def usual_strength(xl: bool) -> float:
-    """The strength of guidance of a call that names none."""
-    return 5.0 if xl else 7.5
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a text-to-image model is made of, on one device."""
-
-    unet: UNet
-    vae: AutoencoderKL | AutoencoderTiny
-    text_encoders: tuple[TextEncoder, ...]
-    sampler: Sampler
-    controlnets: tuple[ControlNet, ...] = ()
-    xl: bool = False
-    zero_empty_prompt: bool = False  # SDXL: no negative prompt is zeros, not the encoded empty text
-    folder: File | None = None  # where they came from; the UNet's weights lie in ``unet``
-    variant: str | None = None  # which of several weights
-
-
-class Guiding(NamedTuple):
-    """The conditioning of a batch and what it is guided away from, if anything."""
-
-    cond: Cond
-    uncond: Cond | None
 
 
 class TextToImage:
@@ -222,48 +188,6 @@ class TextToImage:
         prompts = [texts, listed(prompt_2 or prompt)][: len(encoders)]
         with self._using(*(encoder.model for encoder in encoders)):
             return encode(encoders, prompts, clip_skip, self.parts.xl)
-
-    def _texts(
-        self,
-        prompt: Prompt | None,
-        prompt_2: Prompt | None,
-        embeds: Tensor | None,
-        pooled: Tensor | None,
-        clip_skip: int | None,
-        name: str,
-    ) -> Encoded:
-        """Encode, or take what is given."""
-        if embeds is not None:
-            if prompt is not None:
-                raise PlanError(f"give {name} or {name}_embeds, not both")
-            if self.parts.xl and pooled is None:
-                raise PlanError(f"this model needs the pooled embeddings that belong to {name}_embeds")
-            dtype, device = self.network.dtype, self.device
-            return Encoded(embeds.to(device, dtype), None if pooled is None else pooled.to(device, dtype))
-        if prompt is None:
-            raise PlanError(f"give {name} or {name}_embeds")
-        return self.encode_prompt(prompt, prompt_2, clip_skip)
-
-    def _guiding(
-        self, text: Encoded, negative: Encoded | None, repeat: int, ids: Tensor | None, negative_ids: Tensor | None,
-        scale: float,
-    ) -> Guiding:  # fmt: skip
-        batch = len(text.tokens) * repeat
-        config = self.parts.unet.config
-
-        def cond(words: Encoded, sizes: Tensor | None) -> Cond:
-            extra = {"encoder_hidden_states": words.tokens.repeat_interleave(repeat, 0)}
-            if config.addition_embed_type is not None:
-                if words.pooled is None or sizes is None:
-                    raise PlanError("this model needs pooled embeddings; its text encoder gives none")
-                extra["text_embeds"] = words.pooled.repeat_interleave(repeat, 0)
-                extra["time_ids"] = sizes.expand(batch, -1)
-            if config.time_cond_proj_dim is not None:
-                strengths = torch.full((batch,), scale - 1.0, device=self.device)
-                extra["timestep_cond"] = strength_embedding(strengths, config.time_cond_proj_dim).to(self.network.dtype)
-            return Cond(None, extra)
-
-        return Guiding(cond(text, ids), None if negative is None else cond(negative, negative_ids))
 
     # --- the call ---------------------------------------------------------------------------------------------------
 
@@ -418,33 +342,14 @@ class TextToImage:
         source, count = self.choose(asked.sampler, asked.num_inference_steps, asked.tolerance)
         if isinstance(source, Calibrated):
             source.calibration.check_strength(scale)
-        text = self._texts(
-            asked.prompt, asked.prompt_2, asked.prompt_embeds, asked.pooled_prompt_embeds, asked.clip_skip, "prompt"
-        )
         guided = scale > 1 and config.time_cond_proj_dim is None
-        negative = None
-        if guided:
-            negative = self._negative(
-                text,
-                asked.negative_prompt,
-                asked.negative_prompt_2,
-                asked.negative_prompt_embeds,
-                asked.negative_pooled_prompt_embeds,
-                asked.clip_skip,
-            )
-        batch = len(text.tokens) * asked.num_images_per_prompt
         size = self.size(asked.height, asked.width, asked.image)
-        ids = self._ids(asked.original_size or size, asked.crops_coords_top_left, asked.target_size or size)
-        negative_ids = ids
-        if asked.negative_original_size is not None and asked.negative_target_size is not None:
-            negative_ids = self._ids(
-                asked.negative_original_size, asked.negative_crops_coords_top_left, asked.negative_target_size
-            )
-        cond, uncond = self._guiding(text, negative, asked.num_images_per_prompt, ids, negative_ids, scale)
+        words = Conditioning(parts, self.encode_prompt, self.network.dtype, self.device)
+        cond, uncond = words.of(asked, size, scale, guided)
+        batch = len(cond.extra["encoder_hidden_states"])
         network: Any = self.network
         if parts.controlnets or asked.control_image is not None:
-            span = (asked.control_guidance_start, asked.control_guidance_end)
-            network = self._controlled(asked.control_image, size, batch, asked.controlnet_conditioning_scale, *span)
+            network = controlled(network, parts, asked, size, batch)
         draws = Draws(asked.seed, asked.generator, batch, self.device)
         if asked.image is None and asked.strength is not None:
             raise PlanError(f"strength is {asked.strength!r} without a picture to start from: give image")
@@ -501,30 +406,6 @@ class TextToImage:
         with self._using(vae):
             return vae.to_images(latents.to(self.device, next(vae.parameters()).dtype), self._tile).float()
 
-    def _negative(
-        self, text: Encoded, prompt: Prompt | None, prompt_2: Prompt | None, embeds: Tensor | None,
-        pooled: Tensor | None, clip_skip: int | None,
-    ) -> Encoded:  # fmt: skip
-        """What to guide away from, one for each prompt."""
-        if embeds is None and prompt is None and self.parts.zero_empty_prompt:
-            return Encoded(
-                torch.zeros_like(text.tokens), None if text.pooled is None else torch.zeros_like(text.pooled)
-            )
-        count = len(text.tokens)
-        if embeds is None:
-            prompt = listed(prompt or "")
-            prompt = prompt * count if len(prompt) == 1 else prompt
-            prompt_2 = None if prompt_2 is None else listed(prompt_2)
-            prompt_2 = prompt_2 * count if prompt_2 is not None and len(prompt_2) == 1 else prompt_2
-        # SDXL takes the negative prompt from the layer before the last, whatever clip_skip says
-        skip = None if self.parts.xl else clip_skip
-        found = self._texts(prompt, prompt_2, embeds, pooled, skip, "negative_prompt")
-        if found.tokens.shape != text.tokens.shape:
-            raise ShapeError(
-                f"negative prompts are {tuple(found.tokens.shape)}; needed: {tuple(text.tokens.shape)}, as the prompts"
-            )
-        return found
-
     def size(self, height: int | None, width: int | None, image: Any = None) -> tuple[int, int]:
         """Height and width of the result, where some may be left out; see a call.
 
@@ -548,28 +429,3 @@ class TextToImage:
     def _latent(self, size: tuple[int, int]) -> tuple[int, int]:
         factor = self.parts.vae.shrink
         return size[0] // factor, size[1] // factor
-
-    def _ids(self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> Tensor | None:
-        """SDXL's sizes, ``[1, 6]``."""
-        if self.parts.unet.config.addition_embed_type is None:
-            return None
-        return torch.tensor([[*original, *crop, *target]], dtype=torch.float32, device=self.device)
-
-    def _controlled(
-        self, pictures: Any, size: tuple[int, int], batch: int, scale: float | Sequence[float],
-        start: float | Sequence[float], end: float | Sequence[float],
-    ) -> ControlledNetwork:  # fmt: skip
-        nets = self.parts.controlnets
-        if not nets or pictures is None:
-            raise PlanError("a ControlNet needs control_image, and control_image a model loaded with controlnet")
-        shown = [pictures] if len(nets) == 1 else list(pictures)
-        if len(shown) != len(nets):
-            raise PlanError(f"{len(shown)} control pictures for {len(nets)} ControlNets; allowed: one for each")
-        controls = []
-        for i, (net, picture) in enumerate(zip(nets, shown, strict=True)):
-            strength, first, last = (v if isinstance(v, int | float) else v[i] for v in (scale, start, end))
-            if not 0 <= first <= last <= 1:
-                raise PlanError(f"control_guidance_start and _end are {first!r}, {last!r}; allowed: 0 to 1, rising")
-            seen = grown(to_tensor("control_image", picture, size, self.parts.vae.shrink), batch, "control_image")
-            controls.append(Control(net, seen, float(strength), first, last))
-        return ControlledNetwork(self.network, controls)
