@@ -115,7 +115,13 @@ def lora_bars(quick: bool, details: Details) -> Iterator[Bar]:
 
 def autoencoder_bars(quick: bool, details: Details, weights: Path | None, cifar: Path | None) -> Iterator[Bar]:
     """The autoencoders' parity by their tests, and the round trip of real pictures through trained weights."""
-    yield suite("autoencoders equal diffusers', tiles", "tests/test_autoencoder.py", "-k", "not taef2 and not real")
+    yield suite(
+        "autoencoders equal diffusers', tiles",
+        "tests/test_autoencoder.py",
+        "tests/test_tiny_autoencoder.py",
+        "-k",
+        "not taef2 and not real",
+    )
     name = "trained tiny autoencoder: PSNR of the round trip, dB"
     if weights is None or cifar is None:
         yield Bar(name, "not measured: give WEIGHTS and CIFAR", f"{PSNR_DB} +- 0.01", False)
