@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,22 @@ import torch
 from fastdiff.built.folder import STEPS, Preset, Text, Words
 from fastdiff.built.tables import to_json
 from fastdiff.errors import PlanError
-from fastdiff.export.build import UNET, Wanted, appearing, describe, planned, preset_name, write_tables
+from fastdiff.export.build import (
+    UNET,
+    Engines,
+    Wanted,
+    appearing,
+    build_graph,
+    describe,
+    free_dimensions,
+    planned,
+    preset_name,
+    write_tables,
+)  # fmt: skip
 from fastdiff.export.onnx import Trained, export_unet
 from fastdiff.export.parts import export_decoder
 from fastdiff.export.publish import Options
+from fastdiff.export.tensorrt import Bucket
 from fastdiff.export.text import export_text_encoder, write_tokenizer
 from fastdiff.models.codec import Codec
 from fastdiff.models.text import TextEncoder
@@ -54,7 +67,12 @@ class TextModel(NamedTuple):
 
 
 def build_text_folder(
-    model: TextModel, out: str | os.PathLike[str], wanted: Sequence[Wanted], dtype: torch.dtype = torch.float32
+    model: TextModel,
+    out: str | os.PathLike[str],
+    wanted: Sequence[Wanted],
+    dtype: torch.dtype = torch.float32,
+    engines: Engines | None = None,
+    sizes: Sequence[Bucket] = (),
 ) -> str:
     """Build a deployable folder of a text-to-image model; it appears whole or not at all.
 
@@ -63,39 +81,84 @@ def build_text_folder(
         out: must not exist yet.
         wanted: presets; the first is the default. Height, width and prompts are left to the call.
         dtype: in which graphs compute; an autoencoder that overflows in float16 stays float32.
+        engines: also build engines of all networks, for ``engines.batch`` images.
+        sizes: heights and widths in latents that engines are built for, a profile each; the model's own unless given.
 
     Returns:
         The SHA-256 of its description, ``built.json``.
 
     Raises:
-        PlanError: on presets that cannot be, or a network that reads more than text.
-        ArtifactError: if ``out`` exists, or an export fails.
+        PlanError: on presets that cannot be, sizes that are none, or a network that reads more than text.
+        ArtifactError: if ``out`` exists, or an export or a build fails.
     """
-    _check(model, wanted)
+    _check(model, wanted, sizes)
     presets, tables = planned(wanted, partial(_preset, model))
     with appearing(Path(out)) as root:
-        export_unet(model.unet, root / UNET, trained=model.trained, options=Options(dtype))
-        upcast = dtype == torch.float16 and getattr(model.decoder.config, "force_upcast", False)
-        export_decoder(model.decoder, root / DECODER, options=Options(torch.float32 if upcast else dtype))
-        sized = model.unet.network.config.addition_embed_type is not None
-        encoders = []
-        for i, encoder in enumerate(model.encoders):
-            words = Words(f"tokenizer_{i + 1}.json", f"text_encoder_{i + 1}.onnx")
+        encoders = _export(model, root, Options(dtype))
+        for encoder, words in zip(model.encoders, encoders, strict=True):
             write_tokenizer(encoder, root / words.tokenizer)
-            export_text_encoder(encoder, root / words.graph, penultimate=sized, options=Options(dtype))
-            encoders.append(words)
         write_tables(root, tables)
-        width = model.unet.network.config.time_cond_proj_dim
-        text = Text(tuple(encoders), DECODER, model.decoder.grow, sized, model.zero_empty_prompt, width)
+        if engines is not None:
+            _build_engines(model, root, list(tables.values()), engines, sizes, dtype)
+            here = sorted(place.parent.name for place in root.glob(f"*/{Path(UNET).stem}.plan"))
+            for preset in presets.values():
+                preset.plans.update({name: f"{name}/{Path(UNET).stem}.plan" for name in here})
+        config = model.unet.network.config
+        sized, width = config.addition_embed_type is not None, config.time_cond_proj_dim
+        text = Text(encoders, DECODER, model.decoder.grow, sized, model.zero_empty_prompt, width)
         return describe(root, presets, _facts(model) | {"text": asdict(text)})
 
 
-def _check(model: TextModel, wanted: Sequence[Wanted]) -> None:
+def _export(model: TextModel, root: Path, options: Options) -> tuple[Words, ...]:
+    """Export every network; how prompts are read."""
+    export_unet(model.unet, root / UNET, trained=model.trained, options=options)
+    upcast = options.dtype == torch.float16 and getattr(model.decoder.config, "force_upcast", False)
+    export_decoder(model.decoder, root / DECODER, options=options._replace(dtype=torch.float32) if upcast else options)
+    sized, found = model.unet.network.config.addition_embed_type is not None, []
+    for i, encoder in enumerate(model.encoders):
+        found.append(Words(f"tokenizer_{i + 1}.json", f"text_encoder_{i + 1}.onnx"))
+        export_text_encoder(encoder, root / found[-1].graph, penultimate=sized, options=options)
+    return tuple(found)
+
+
+def _build_engines(
+    model: TextModel, root: Path, tables: Sequence[StepTable], engines: Engines, sizes: Sequence[Bucket],
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Build an engine of every graph for every architecture: ``<arch>/<graph>.plan``."""
+    guided = any(row.guided for table in tables for row in table.structure.rows)
+    low, usual, most = engines.batch
+    asked = low, usual * (1 + guided), most * (1 + guided)  # a guided row asks the network for both estimates at once
+    calls = [len(table.index) for table in tables]
+    length = int(model.encoders[0].tokens([""]).shape[1])
+    side = model.unet.network.config.sample_size or USUAL_SIDE
+    # rows of time are those of a walk, or of every image where each is told something of its own (SDXL)
+    known: dict[str, tuple[int, ...]] = {
+        "tokens": (length,) * 3,
+        "rows": (min(calls), calls[0], max(calls) * asked[2]),
+        "height": (side,) * 3,
+        "width": (side,) * 3,
+    }
+    options = Options(dtype, "tensorrt-rtx" if engines.cache.library.rtx else "tensorrt")
+    with TemporaryDirectory() as scratch:
+        words = _export(model, Path(scratch), options)
+        for name in (UNET, DECODER, *(each.graph for each in words)):
+            graph, batch = Path(scratch) / name, asked if name == UNET else engines.batch
+            once = graph.with_name(f"{graph.stem}.prepare.onnx")
+            free = free_dimensions(graph) | (free_dimensions(once) if once.exists() else set())
+            whole = [known | dict(size) | {"batch": batch} for size in sizes or ({},)]
+            buckets = [{key: bounds for key, bounds in each.items() if key in free} for each in whole]
+            build_graph(graph, root, [each for i, each in enumerate(buckets) if each not in buckets[:i]], engines)
+
+
+def _check(model: TextModel, wanted: Sequence[Wanted], sizes: Sequence[Bucket]) -> None:
     config = model.unet.network.config
     if any(one.fused for one in wanted):
         raise PlanError("a folder of a text-to-image model holds one evaluation, not a whole sampler: leave --fuse out")
     if config.in_channels != model.decoder.latent_channels:
         raise PlanError("this network paints into a picture; a folder is built of networks that read text alone")
+    for name in sorted({name for size in sizes for name in size} - {"height", "width"}):
+        raise PlanError(f"a bucket bounds dimension {name!r}; of a text-to-image model's engines: height, width")
 
 
 def _preset(model: TextModel, wanted: Wanted) -> tuple[str, Preset, StepTable]:

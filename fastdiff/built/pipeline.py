@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from fastdiff.built.folder import FUSED, Folder, Preset
-from fastdiff.built.graphs import open_graph, open_network
+from fastdiff.built.graphs import check_runtime, open_engine, open_engines, open_graph, open_network, plan_here
 from fastdiff.built.walk import OUTPUTS, guided, read_numbers, read_table, starting, walk
-from fastdiff.errors import BackendError, PlanError
+from fastdiff.errors import PlanError
 from fastdiff.images import Output, to_images
 from fastdiff.labels import check_labels
-from fastdiff.models.files import sha256
 from fastdiff.sampling.denoiser import Cond
 from fastdiff.sampling.noise import Noise
 
-RUNTIMES = ("onnxruntime", "tensorrt")
 Draw = Callable[[Tensor, list[int | None], Noise], Tensor]  # starting state, labels, noise -> samples in [-1, 1]
 
 
@@ -32,8 +30,7 @@ class BuiltPipeline:
     """
 
     def __init__(self, folder: Folder, device: torch.device, backend: str = "onnxruntime"):
-        if backend not in RUNTIMES:
-            raise BackendError(f"backend is {backend!r}; a built folder runs on: {', '.join(RUNTIMES)}")
+        check_runtime(backend)
         self.folder, self.device, self.backend = folder, device, backend
         tables = read_numbers(folder)
         opened: dict[str, Any] = {}  # presets may share a graph
@@ -102,18 +99,10 @@ class BuiltPipeline:
         return open_network(self.folder, preset.graph, self.device)
 
     def _engine(self, preset: Preset) -> Any:
-        from fastdiff.backends.trt import architecture_of, load_engine, load_network
-
-        here = architecture_of(self.device)
-        if here not in preset.plans:
-            built = ", ".join(preset.plans) or "no GPU"
-            raise BackendError(f"{self.folder.root}: has engines for {built}; this GPU is {here}: use 'onnxruntime'")
-        file = self.folder.file(preset.plans[here])
-        manifest = sha256(self.folder.file(f"{preset.plans[here]}.json"))
-        trusted = [manifest] if self.folder.trusted else []
+        plan = plan_here(self.folder, preset.plans, self.device)
         if preset.kind == FUSED:
-            return _fused(load_engine(file, self.device, trusted))
-        return load_network(file, self.device, trusted=trusted)
+            return _fused(open_engine(self.folder, plan, self.device))
+        return open_engines(self.folder, plan, self.device)
 
 
 def _fused(run: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> Callable[[Tensor, Tensor | None], Tensor]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastdiff.built.folder import Folder, Words
-from fastdiff.built.graphs import open_graph
 from fastdiff.errors import ArtifactError, BackendError
 from fastdiff.models.files import one_line
 
@@ -26,10 +25,10 @@ class Read(NamedTuple):
 
 
 class Reader:
-    """One tokenizer and one encoder of a folder."""
+    """One tokenizer and one encoder of a folder, whose graph ``run`` runs on a device."""
 
-    def __init__(self, folder: Folder, words: Words, device: torch.device):
-        self._tokenizer, self._run = _tokenizer(folder, words.tokenizer), open_graph(folder, words.graph, device)
+    def __init__(self, folder: Folder, words: Words, run: Any, device: torch.device):
+        self._tokenizer, self._run, self._device = _tokenizer(folder, words.tokenizer), run, device
         if IDS not in self._run.inputs or TOKENS not in self._run.outputs:
             raise ArtifactError(f"{folder.root / words.graph}: not the graph of a text encoder; build the folder again")
 
@@ -39,7 +38,7 @@ class Reader:
         for tokens in found:
             if tokens.overflowing:  # prompts are private: the log is told nothing of what they say
                 _log.warning("a prompt was cut to %d tokens", len(tokens.ids))
-        made = self._run({IDS: torch.tensor([tokens.ids for tokens in found])})
+        made = self._run({IDS: torch.tensor([tokens.ids for tokens in found], device=self._device)})
         return Read(made[TOKENS], made.get(POOLED))
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff.arguments import Prompt, listed
 from fastdiff.built.folder import STEPS, Folder, Text
-from fastdiff.built.graphs import open_graph, open_network
+from fastdiff.built.graphs import beside, check_runtime, open_engine, open_engines, open_graph, open_network, plan_here
 from fastdiff.built.text import Read, Reader, read
 from fastdiff.built.walk import OUTPUTS, guided, read_numbers, read_table, starting, walk
-from fastdiff.errors import ArtifactError, BackendError, PlanError
+from fastdiff.errors import ArtifactError, PlanError
 from fastdiff.images import Output, fitting_size, to_images
 from fastdiff.sampling.denoiser import Cond
 from fastdiff.sampling.guidance import strength_embedding
@@ -24,23 +25,27 @@ class BuiltTextToImage:
     Args:
         folder: read by ``read_folder``.
         device: where it runs.
-        backend: ``"onnxruntime"``.
+        backend: ``"onnxruntime"`` or ``"tensorrt"``.
     """
 
     def __init__(self, folder: Folder, device: torch.device, backend: str = "onnxruntime"):
-        if backend != "onnxruntime":
-            raise BackendError(f"backend is {backend!r}; a built folder of a text-to-image model runs on: onnxruntime")
+        check_runtime(backend)
         assert folder.text is not None
         self.folder, self.device, self.text = folder, device, folder.text
         graphs = {preset.graph for preset in folder.presets.values()}
         if len(graphs) != 1 or any(preset.kind != STEPS for preset in folder.presets.values()):
             raise ArtifactError(f"{folder.root}: presets of a text-to-image model share one graph of an evaluation")
         (graph,) = graphs
-        self.network = open_network(folder, graph, device)
+        plan = plan_here(folder, folder.presets[folder.default].plans, device) if backend == "tensorrt" else None
+        self.network = open_network(folder, graph, device) if plan is None else open_engines(folder, plan, device)
         numbers = read_numbers(folder)
         self.tables = {name: read_table(folder, name, numbers, device) for name in folder.presets}
-        self.readers = [Reader(folder, words, device) for words in self.text.encoders]
-        self._decode = open_graph(folder, self.text.decoder, device)
+
+        def opened(name: str) -> Any:
+            return open_graph(folder, name, device) if plan is None else open_engine(folder, beside(plan, name), device)
+
+        self.readers = [Reader(folder, words, opened(words.graph), device) for words in self.text.encoders]
+        self._decode = opened(self.text.decoder)
 
     def __call__(
         self,

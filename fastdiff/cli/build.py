@@ -52,7 +52,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--graph", type=Path, metavar="FILE", help="build engines of this export, of any model, and nothing else")
     add(
         "--bucket", action="append", nargs="+", metavar="DIM=MIN:USUAL:MAX",
-        help="with --graph: sizes of what the export leaves free, as batch=1:2:4 height=64:64:128; may be repeated",
+        help="sizes that engines are built for; may be repeated. With --graph: of all that the export leaves free, as "
+        "batch=1:2:4 height=64:64:128; of a text-to-image model: height and width in latents (default: its own)",
     )  # fmt: skip
     add("--refit", action="store_true", help="engines whose weights can be changed")
     add("--cache", type=Path, help="folder of engines built before (default: in the user's cache folder)")
@@ -68,20 +69,23 @@ def build(options: argparse.Namespace) -> int:
         raise BackendError(f"build needs {error.name}: pip install 'fastdiff[onnx]'") from error
     if options.graph is not None:
         return _graph(options)
-    if options.bucket:
-        raise PlanError("--bucket belongs to --graph")
     fused = options.fuse or options.format == "triton-server"
     counts = options.steps or [None]
     wanted = [Wanted(steps, options.sampler, options.guidance_scale, fused) for steps in counts]
     root = resolve(options.model)
     if (root / INDEX).exists() and not (root / MANIFEST).exists():
         return _text_to_image(options, wanted)
+    if options.bucket:
+        raise PlanError("--bucket belongs to --graph and to text-to-image models; others have one size")
     engines = None if options.engine is None else _engines(options)
     if options.format == "triton-server":
         return _repository(options, wanted, engines)
     digest = build_folder(load_model(resolve(options.model)), options.out, wanted, engines, DTYPES[options.dtype])
-    more = [] if engines is None else [f"on another machine its engines need: --trust {digest}"]
-    return _built(options, digest, "", more)
+    return _built(options, digest, "", _to_trust(engines, digest))
+
+
+def _to_trust(engines: Any, digest: str) -> list[str]:
+    return [] if engines is None else [f"on another machine its engines need: --trust {digest}"]
 
 
 def _built(options: argparse.Namespace, digest: str, how: str, more: Sequence[str] = ()) -> int:
@@ -98,11 +102,15 @@ def _text_to_image(options: argparse.Namespace, wanted: Any) -> int:
     """Build a folder of all networks of a pipeline."""
     from fastdiff.export.build_text import build_text_folder
 
-    for name, given in (("format", options.format != "folder"), ("engine", options.engine is not None)):
-        if given:
-            raise PlanError(f"--{name} is not for text-to-image models; their graphs alone: fastdiff build --graph")
-    digest = build_text_folder(text_model(resolve(options.model)), options.out, wanted, DTYPES[options.dtype])
-    return _built(options, digest, " --prompt ...")
+    if options.format != "folder":
+        raise PlanError("--format is not for text-to-image models; their graphs alone: fastdiff build --graph")
+    engines = None if options.engine is None else _engines(options)
+    if engines is None and options.bucket:
+        raise PlanError("--bucket gives the sizes of engines; it needs --engine")
+    sizes = [dict(map(read_bounds, given)) for given in options.bucket or ()]
+    model = text_model(resolve(options.model))
+    digest = build_text_folder(model, options.out, wanted, DTYPES[options.dtype], engines, sizes)
+    return _built(options, digest, " --prompt ...", _to_trust(engines, digest))
 
 
 def text_model(root: Path) -> Any:
