@@ -29,7 +29,7 @@ from fastdiff.models.weights import Model, ModelInfo, load_unet
 
 MINUTES, MEMORY, FASTER = 3.0, 2.5, 0.95
 TESTS = ("tests/test_export.py", "tests/test_export_models.py", "tests/test_export_parts.py", "tests/test_ort.py",
-         "tests/test_built.py", "tests/test_built_text.py")  # fmt: skip
+         "tests/test_built.py", "tests/test_built_text.py", "tests/test_built_text_engines.py")  # fmt: skip
 DIVISOR = 2  # of the widths in a quick run
 SIZES = {"batch": 1, "height": 64, "width": 64, "tokens": 77}
 

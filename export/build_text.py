@@ -22,7 +22,6 @@ from fastdiff.export.build import (
     appearing,
     build_graph,
     describe,
-    free_dimensions,
     planned,
     preset_name,
     write_tables,
@@ -99,10 +98,9 @@ def build_text_folder(
             write_tokenizer(encoder, root / words.tokenizer)
         write_tables(root, tables)
         if engines is not None:
-            _build_engines(model, root, list(tables.values()), engines, sizes, dtype)
-            here = sorted(place.parent.name for place in root.glob(f"*/{Path(UNET).stem}.plan"))
+            plans = _build_engines(model, root, list(tables.values()), engines, sizes, dtype)
             for preset in presets.values():
-                preset.plans.update({name: f"{name}/{Path(UNET).stem}.plan" for name in here})
+                preset.plans.update(plans)
         config = model.unet.network.config
         sized, width = config.addition_embed_type is not None, config.time_cond_proj_dim
         text = Text(encoders, DECODER, model.decoder.grow, sized, model.zero_empty_prompt, width)
@@ -124,31 +122,27 @@ def _export(model: TextModel, root: Path, options: Options) -> tuple[Words, ...]
 def _build_engines(
     model: TextModel, root: Path, tables: Sequence[StepTable], engines: Engines, sizes: Sequence[Bucket],
     dtype: torch.dtype,
-) -> None:  # fmt: skip
-    """Build an engine of every graph for every architecture: ``<arch>/<graph>.plan``."""
+) -> dict[str, str]:  # fmt: skip
+    """Build an engine of every graph for every architecture, ``<arch>/<graph>.plan``; those of the UNet."""
     guided = any(row.guided for table in tables for row in table.structure.rows)
     low, usual, most = engines.batch
     asked = low, usual * (1 + guided), most * (1 + guided)  # a guided row asks the network for both estimates at once
     calls = [len(table.index) for table in tables]
-    length = int(model.encoders[0].tokens([""]).shape[1])
-    side = model.unet.network.config.sample_size or USUAL_SIDE
+    side, length = model.unet.network.config.sample_size or USUAL_SIDE, model.encoders[0].tokens([""]).shape[1]
+    sides = [{"height": (side,) * 3, "width": (side,) * 3} | dict(size) for size in sizes or ({},)]
     # rows of time are those of a walk, or of every image where each is told something of its own (SDXL)
-    known: dict[str, tuple[int, ...]] = {
-        "tokens": (length,) * 3,
-        "rows": (min(calls), calls[0], max(calls) * asked[2]),
-        "height": (side,) * 3,
-        "width": (side,) * 3,
-    }
+    once = {"rows": (min(calls), calls[0], max(calls) * asked[2]), "tokens": (length,) * 3}
     options = Options(dtype, "tensorrt-rtx" if engines.cache.library.rtx else "tensorrt")
     with TemporaryDirectory() as scratch:
-        words = _export(model, Path(scratch), options)
-        for name in (UNET, DECODER, *(each.graph for each in words)):
-            graph, batch = Path(scratch) / name, asked if name == UNET else engines.batch
-            once = graph.with_name(f"{graph.stem}.prepare.onnx")
-            free = free_dimensions(graph) | (free_dimensions(once) if once.exists() else set())
-            whole = [known | dict(size) | {"batch": batch} for size in sizes or ({},)]
-            buckets = [{key: bounds for key, bounds in each.items() if key in free} for each in whole]
-            build_graph(graph, root, [each for i, each in enumerate(buckets) if each not in buckets[:i]], engines)
+        folder = Path(scratch)
+        words = _export(model, folder, options)
+        network = [each | once | {"batch": asked} for each in sides]
+        plans = build_graph(folder / UNET, root, network, engines)
+        build_graph(folder / DECODER, root, [each | {"batch": engines.batch} for each in sides], engines)
+        for each in words:
+            build_graph(folder / each.graph, root, [{"batch": engines.batch}], engines)
+    found = [plan.relative_to(root) for plan in plans if plan.stem == Path(UNET).stem]
+    return {plan.parent.name: plan.as_posix() for plan in found}
 
 
 def _check(model: TextModel, wanted: Sequence[Wanted], sizes: Sequence[Bucket]) -> None:

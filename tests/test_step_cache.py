@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from narrow_unets import error, inputs, network
+from native_runtime import runtime_or_skip
 from recorded import Recorder
 
 import fastdiff
@@ -19,7 +20,6 @@ from fastdiff.benchmarks.layouts import SD15, scaled
 from fastdiff.built.tables import from_json, to_json
 from fastdiff.engine import Engine
 from fastdiff.errors import ArtifactError, PlanError, ShapeError
-from fastdiff.kernels.native import Unavailable
 from fastdiff.models.files import read_json
 from fastdiff.sampling.loop import State
 from fastdiff.sampling.run import ready
@@ -29,10 +29,8 @@ STEPS = {"num_inference_steps": 8, "sampler": "dpmpp_2m", "output_type": "pt"}
 
 
 def native(unet):
-    try:
-        return NativeTrunk(unet)
-    except Unavailable as why:
-        pytest.skip(str(why))
+    runtime_or_skip()
+    return NativeTrunk(unet)
 
 
 @pytest.mark.parametrize("layout", ["SD 1.5", "SDXL", "SD x4 upscaler", "DDPM CIFAR-10", "ADM"])
