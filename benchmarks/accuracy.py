@@ -28,11 +28,11 @@ from fastdiff.pipeline import Pipeline
 from fastdiff.sampling import GRIDS
 from fastdiff.sampling.analytic import fit_mixture
 from fastdiff.sampling.denoiser import Cond, NetworkDenoiser, Prepared
-from fastdiff.sampling.grid import Grid
+from fastdiff.sampling.grid import Grid, Times
 from fastdiff.sampling.loop import sample
 from fastdiff.sampling.path import Path, RectifiedFlow, linear_betas
 from fastdiff.sampling.prediction import X0
-from fastdiff.sampling.solvers import Row
+from fastdiff.sampling.solvers import Row, Solver
 from fastdiff.sampling.table import build
 
 BUDGETS = (4, 6, 8, 10, 20)
@@ -185,7 +185,6 @@ def _different(path: Path, n: int, shifts: Sequence[float]) -> dict[str, Grid]:
     return dict(found.values())
 
 
-@torch.no_grad()
 def ours(problem: Problem, variant: Variant, grid: Grid, budget: int) -> Run | None:
     """Run one of our solvers with as many steps as the budget allows; None where it allows none."""
     for n in range(budget, 0, -1):
@@ -195,11 +194,17 @@ def ours(problem: Problem, variant: Variant, grid: Grid, budget: int) -> Run | N
         except PlanError:
             continue  # the grid is not for this path, or not for this many steps
         if len(rows) <= budget:
-            table = build(problem.path, X0(), variant.solver, times)
             x = problem.first(*problem.path.alpha_sigma(times[0]))  # as the peers start
-            x = sample(NetworkDenoiser(_Asked(problem, rows)), x, table, None, None)
-            return Run(x, len(rows))
+            return Run(walked(problem, variant.solver, times, x), len(rows))
     return None
+
+
+@torch.no_grad()
+def walked(problem: Problem, solver: Solver, times: Times, x: Tensor) -> Tensor:
+    """Where one of our solvers takes a state."""
+    rows = solver.rows(problem.path, times)
+    table = build(problem.path, X0(), solver, times)
+    return sample(NetworkDenoiser(_Asked(problem, rows)), x, table, None, None)
 
 
 def _ours(problem: Problem, variant: Variant, name: str, grid: Grid, budget: int) -> Score | None:

@@ -14,14 +14,13 @@ from torch import Tensor
 from fastdiff.benchmarks import accuracy
 from fastdiff.benchmarks.accuracy import Problem, Score
 from fastdiff.benchmarks.orders import exact
-from fastdiff.benchmarks.variants import Variant
 from fastdiff.calibration import Calibration, Settings, calibrate
 from fastdiff.calibration.classical import candidates
 from fastdiff.calibration.walking import Family, Given, relative
-from fastdiff.errors import PlanError
 from fastdiff.pipeline import Pipeline
 from fastdiff.sampling.analytic import Mixture, fit_mixture, network
-from fastdiff.sampling.path import PATHS, Path, linear_betas
+from fastdiff.sampling.parts import initial_scale
+from fastdiff.sampling.path import PATHS, linear_betas
 from fastdiff.sampling.prediction import PREDICTIONS
 from fastdiff.sampling.run import sample
 from fastdiff.sampling.solvers.non_stationary import NonStationary
@@ -85,16 +84,12 @@ def digits(count: int = 32, steps: int = 512) -> Case:
 
 def score(problem: Problem, found: Calibration, calls: int) -> Score:
     """The calibrated sampler of so many calls on a problem's own noise."""
-    fitted = found.fitted[calls]
-
-    def own(path: Path, n: int) -> tuple[float, ...]:
-        if n != len(fitted.weights):
-            raise PlanError("another number of steps")
-        return fitted.times
-
-    done = accuracy.ours(problem, Variant("calibrated", {}, fitted.solver()), own, calls)
-    assert done is not None
-    return Score("calibrated", "calibrated", calls, done.calls, problem.error(done.x))
+    fitted, path = found.fitted[calls], problem.path
+    # from the noise itself: a user has no solution to begin at
+    noise = problem.first(*path.alpha_sigma(path.t_start)) / initial_scale(path, path.t_start)
+    x = noise * fitted.scale * initial_scale(path, fitted.times[0])
+    x = accuracy.walked(problem, fitted.solver(), fitted.times, x)
+    return Score("calibrated", "calibrated", calls, len(fitted.weights), problem.error(x))
 
 
 # --- many small problems --------------------------------------------------------------------------------------------
@@ -135,7 +130,7 @@ def trial(number: int) -> Trial:
     family = Family(PATHS[path](), PREDICTIONS[prediction])
 
     def error(walk: NonStationary) -> float:
-        given = Given(family, walk, walk.times)
+        given = Given(family, walk, walk.times, walk.scale)
         return relative([sample(fn, (FRESH, *shape), sampler=given, num_inference_steps=calls, seed=seeds)], [truth])
 
     classical = min(error(one.walk) for one in candidates(family, calls, ()))

@@ -27,7 +27,6 @@ from fastdiff.export.plan_cache import PlanCache
 from fastdiff.export.tensorrt import Bucket, Recipe
 from fastdiff.models.files import sha256, write_tensors, write_text
 from fastdiff.models.weights import Model, fingerprint
-from fastdiff.sampling.parts import initial_scale
 from fastdiff.sampling.path import PATHS
 from fastdiff.sampling.prediction import PREDICTIONS
 from fastdiff.sampling.table import StepTable
@@ -136,7 +135,7 @@ def _preset(model: Model, wanted: Wanted) -> tuple[str, Preset, StepTable | None
     strength = model.info.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale
     if strength != 1 and model.info.null_label is None:
         raise PlanError(f"guidance_scale is {strength:g}; this model has no null label, so 1 alone is allowed")
-    table, times = table_of(model, (path, prediction), sampler, steps, strength)
+    table, scale = table_of(model, (path, prediction), sampler, steps, strength)
     name = preset_name(sampler, steps) + ("-fused" if wanted.fused else "")
     preset = Preset(
         kind=FUSED if wanted.fused else STEPS,
@@ -144,7 +143,7 @@ def _preset(model: Model, wanted: Wanted) -> tuple[str, Preset, StepTable | None
         sampler=sampler,
         num_inference_steps=steps,
         guidance_scale=float(strength),
-        scale=initial_scale(path, times[0]),
+        scale=scale,
         table=None if wanted.fused else to_json(table.structure),
         plans={},
     )

@@ -22,7 +22,6 @@ from fastdiff.export.sampler import NEGATIVE, Walk, eagerly, sampler_graph
 from fastdiff.export.targets import target_of
 from fastdiff.models.unet import UNet
 from fastdiff.models.weights import Model, fingerprint, weights_hash
-from fastdiff.sampling.grid import Times
 from fastdiff.sampling.parts import initial_scale, make_solver, make_times
 from fastdiff.sampling.path import PATHS
 from fastdiff.sampling.path import Path as NoisePath
@@ -189,11 +188,11 @@ def export_sampler(
     path, prediction = trained or meaning(model)
     name = sampler or ("flow_map" if prediction.two_time else "dpmpp_2m")
     strength = info.guidance_scale if guidance_scale is None else guidance_scale
-    steps, times = table_of(model, (path, prediction), name, num_inference_steps, strength)
+    steps, scale = table_of(model, (path, prediction), name, num_inference_steps, strength)
     if steps.structure.draws:
         raise PlanError(f"sampler {name!r} draws noise at its steps; only deterministic samplers fit into one graph")
     images = not unet.config.conditional
-    walk = Walk(steps, initial_scale(path, times[0]), info.null_label, info.crop if images else 0, images)
+    walk = Walk(steps, scale, info.null_label, info.crop if images else 0, images)
     sides = size or (unet.config.sample_size or 0,) * 2
     graph = sampler_graph(unet, walk, target, options.dtype, sides)
     cases = {f"batch {batch}": _starts(unet, graph, batch) for batch in (1, 3)} if measured(options) else {}
@@ -205,8 +204,8 @@ def export_sampler(
 
 def table_of(
     model: Model, trained: Trained, sampler: str, num_inference_steps: int, strength: float
-) -> tuple[StepTable, Times]:
-    """The step table of a sampler by name, and its times.
+) -> tuple[StepTable, float]:
+    """The step table of a sampler by name, and the standard deviation of its starting noise.
 
     Raises:
         ArtifactError: if a calibrated one is asked for, and the model's folder holds none that is its own.
@@ -214,11 +213,11 @@ def table_of(
     """
     if sampler != CALIBRATED:
         times = make_times(trained[0], num_inference_steps)
-        return build(*trained, make_solver(sampler, {}), times, guidance=strength), times
+        return build(*trained, make_solver(sampler, {}), times, guidance=strength), initial_scale(trained[0], times[0])
     found = load_for(trained, _identity(model), model.folder)
     found.calibration.check_strength(strength)
     plan = found.plan(num_inference_steps)
-    return build(*trained, plan.solver, plan.times, guidance=strength), plan.times
+    return build(*trained, plan.solver, plan.times, guidance=strength), plan.initial_scale
 
 
 def _starts(unet: UNet, graph: Graph, batch: int) -> Inputs:

@@ -7,22 +7,23 @@ import functools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from small import make_folder
 
 import fastdiff
-from fastdiff.calibration import Calibration, calibrate, classical, run
-from fastdiff.calibration.fit import Goal, Progress, columns
+from fastdiff.calibration import Calibration, calibrate, classical, fit, run
+from fastdiff.calibration.fit import Progress, columns
 from fastdiff.calibration.parameters import Parameters, names
 from fastdiff.calibration.run import Settings
 from fastdiff.calibration.teacher import follow
-from fastdiff.calibration.walking import Family
+from fastdiff.calibration.walking import Family, Goal
 from fastdiff.cli import main
 from fastdiff.engine import engine
 from fastdiff.errors import ArtifactError, PlanError
 from fastdiff.sampling.analytic import Mixture, network
-from fastdiff.sampling.parts import make_solver
+from fastdiff.sampling.parts import initial_scale, make_solver
 from fastdiff.sampling.path import PATHS, RectifiedFlow
 from fastdiff.sampling.prediction import PREDICTIONS, Velocity
 from fastdiff.sampling.solvers import non_stationary
@@ -83,8 +84,9 @@ def test_a_fit_starts_at_the_classical_sampler():
         assert mine == pytest.approx(theirs, abs=1e-12)
 
 
-def test_the_columns_are_derivatives():
-    """Against differences of the end itself, at one weight of each row and each time."""
+def test_the_columns_are_derivatives(monkeypatch):
+    """Against differences of the end itself, at some weights, the scale and each time."""
+    monkeypatch.setattr(fit, "TIME_NUDGE", 1e-2)  # a fit takes more, as networks are rough in time
     family, begin = Family(RectifiedFlow(), Velocity()), run._begin(function(), SHAPE, None, [1, 2], {})
     solver, times = make_solver("dpmpp_2m", {}), (1.0, 0.7, 0.45, 0.2, 0.0)
     at = Parameters.of(family.path, solver, classical.non_stationary(solver.rows(family.path, times), times))
@@ -92,13 +94,25 @@ def test_the_columns_are_derivatives():
     goal = Goal([begin], [truth], family)
     rises, lack = columns(goal, 0, at, 1e-3)
     end = (truth.flatten(1) - lack.view_as(truth).flatten(1)).flatten()
-    assert rises.shape == (12, len(names(4)) + 3)
-    for index in (0, 3, len(names(4)) - 1):
-        step = torch.zeros(len(names(4)), dtype=torch.float64).numpy()
+    weights = len(names(4))
+    assert rises.shape == (12, weights + 1 + 4)
+
+    def after(change, size: float) -> torch.Tensor:
+        moved = columns(goal, 0, change, 1e-3)[1]
+        return ((truth.flatten() - moved).flatten() - end) / size
+
+    for index in (0, 3, weights - 1, weights):  # weights of the first and last row, and the scale
+        step = np.zeros(weights + 1 + 4)
         step[index] = 1e-3
-        moved = columns(goal, 0, at.moved(0 * at.angles, step), 1e-3)[1]
-        there = (truth.flatten() - moved).flatten()
-        assert ((there - end) / 1e-3 - rises[:, index]).abs().max() < 0.02 * rises[:, index].abs().max() + 1e-3
+        expected = after(at.moved(step), 1e-3)
+        assert (expected - rises[:, index]).abs().max() < 0.02 * rises[:, index].abs().max() + 1e-3
+    for k in range(4):  # times alone, the weights staying as they are
+        angles = at.angles - 1e-3 * np.eye(4)[k]
+        moved = dataclasses.replace(
+            at, angles=angles, corrections=at.corrections + at.theory(at.angles) - at.theory(angles)
+        )
+        column = rises[:, weights + 1 + k]
+        assert (after(moved, -1e-3) - column).abs().max() < 0.02 * column.abs().max() + 1e-3
 
 
 def test_features_count_beside_the_images():
@@ -127,7 +141,7 @@ def test_the_same_seed_gives_the_same_file(tmp_path):
 
 def test_what_does_not_beat_the_classical_sampler_is_thrown_away(monkeypatch):
     def spoiled(goal, start, **options):
-        yield Progress(start.moved(0 * start.angles, start.corrections + 0.3), 0.0, 1.0, 1)
+        yield Progress(dataclasses.replace(start, corrections=start.corrections + 0.3), 0.0, 1.0, 1)
 
     monkeypatch.setattr(run, "fit", spoiled)
     one = calibrate(function(), SHAPE, steps=(4,), settings=LITTLE).fitted[4]
@@ -193,7 +207,7 @@ def test_damaged_files_are_refused(tmp_path, change, said):
         Calibration.load(file)
 
 
-@pytest.mark.parametrize("spoil", ["nan", "register", "rises", "short"])
+@pytest.mark.parametrize("spoil", ["nan", "register", "rises", "short", "scale"])
 def test_damaged_entries_are_refused(tmp_path, spoil):
     file = tmp_path / "c.json"
     straight().save(file)
@@ -205,11 +219,23 @@ def test_damaged_entries_are_refused(tmp_path, spoil):
         entry["weights"][0]["h3"] = 1.0
     elif spoil == "rises":
         entry["times"][1] = 2.0
+    elif spoil == "scale":
+        entry["scale"] = -1.0
     else:
         entry["times"] = entry["times"][1:]
     file.write_text(json.dumps(values))
     with pytest.raises(ArtifactError, match="damaged"):
         Calibration.load(file)
+
+
+def test_a_file_without_scales_starts_at_the_paths_own(tmp_path):
+    file = tmp_path / "c.json"
+    straight().save(file)
+    values = json.loads(file.read_text())
+    for entry in values["fitted"].values():
+        del entry["scale"]
+    file.write_text(json.dumps(values))
+    assert [one.scale for one in Calibration.load(file).fitted.values()] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -260,6 +286,27 @@ def test_by_name_it_is_what_lies_in_the_folder(model):
     assert torch.allclose(alone[0], images[1], atol=1e-5)
     with pytest.raises(PlanError, match="made for 1 to 2"):
         pipe(0, sampler="calibrated", guidance_scale=2.5)
+
+
+def test_the_starting_noise_has_the_fitted_scale(model, tmp_path):
+    """In a pipeline and in an engine alike."""
+    file, louder = model / "calibration.json", tmp_path / "louder.json"
+    values = json.loads(file.read_text())
+    values["fitted"]["3"]["scale"] = 1.25
+    louder.write_text(json.dumps(values))
+    pipe = fastdiff.Pipeline.from_pretrained(model)
+    sampler, given = pipe.load_calibration(louder), {"num_inference_steps": 3, "output_type": "pt"}
+    drawn = pipe(1, sampler=sampler, seed=5, **given).images
+    family = Family(*pipe.trained())
+    usual = pipe.ready([1], sampler="ddim", seed=[5], num_inference_steps=3).state.x  # of deviation 1 here
+    scale = 1.25 * initial_scale(family.path, sampler.plan(3).times[0])
+    same = pipe(1, sampler=sampler, latents=usual * scale, **given).images
+    assert torch.allclose(drawn, same, atol=1e-6)
+    with fastdiff.Engine(pipe) as running:
+        served = running.submit(1, sampler=sampler, seed=5, num_inference_steps=3).result()
+    crop = pipe.model.info.crop
+    picture = (served.clamp(-1, 1) / 2 + 0.5)[..., crop : served.shape[-2] - crop, crop : served.shape[-1] - crop]
+    assert torch.allclose(picture, drawn[0], atol=1e-5)
 
 
 def test_another_network_is_refused_unless_forced(model, tmp_path):

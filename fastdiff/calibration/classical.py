@@ -6,13 +6,14 @@ Nothing here needs gradients.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from fastdiff.calibration.teacher import Passed
-from fastdiff.calibration.walking import Begin, Family, Walk, relative
+from fastdiff.calibration.walking import Family, Goal
 from fastdiff.errors import PlanError
 from fastdiff.sampling.grid import GRIDS, Grid
 from fastdiff.sampling.parts import make_solver
@@ -23,15 +24,21 @@ from fastdiff.sampling.solvers.non_stationary import NonStationary, non_stationa
 SOLVERS = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "unipc:order=3", "sa_solver:tau=0", "deis", "lms", "ipndm",
            "gradient_estimation", "dpm_2m", "res_multistep", "dpmpp_2s", "heun", "rk2")  # fmt: skip
 SCOUTS = ("dpmpp_2m", "unipc", "gradient_estimation")  # they choose the grids for all others
-GRIDS_KEPT = 4
+GRIDS_KEPT, ORDERED = 4, 16  # grids, and samplers, that are looked at more closely
 
 
 class Candidate(NamedTuple):
     """A known sampler as weights."""
 
-    name: str  # "solver on grid"
+    solver_name: str
+    grid_name: str
     solver: Solver
     walk: NonStationary
+
+    @property
+    def name(self) -> str:
+        """Both names."""
+        return f"{self.solver_name} on {self.grid_name}"
 
 
 def grids(family: Family) -> dict[str, Grid]:
@@ -63,7 +70,7 @@ def candidates(family: Family, calls: int, planned: Sequence[float]) -> Iterator
                 key = (walk.times, tuple(tuple(sorted(row.items())) for row in walk.weights))
                 if key not in seen:
                     seen.add(key)
-                    yield Candidate(f"{name} on {grid_name}", solver, walk)
+                    yield Candidate(name, grid_name, solver, walk)
                 break
 
 
@@ -92,25 +99,24 @@ def cheapest(passed: Passed, family: Family, calls: int) -> tuple[float, ...]:
     return tuple(passed.times[i] for i in reversed(where))
 
 
-def ranked(
-    family: Family, calls: int, passed: Sequence[Passed], begins: Sequence[Begin]
-) -> list[tuple[float, Candidate]]:
-    """The known samplers in the order of their errors, best first: a few on every grid, all on the grids that serve
-    these best.
+def ranked(calls: int, way: Passed, few: Goal, more: Goal) -> list[Candidate]:
+    """The most accurate of the known samplers, best first.
+
+    Args:
+        calls: at most so many.
+        way: of the teacher, for the planned times.
+        few: images on which a few solvers try every grid, and all solvers the grids that served these best.
+        more: images that order the best of them.
     """
-    found = list(candidates(family, calls, cheapest(passed[0], family, calls)))
-    scouts = [one for one in found if one.name.split(" on ")[0] in SCOUTS]
-    scored = {one.name: (errors(family, one.walk, begins[:1], passed[:1]), one) for one in scouts}
+    found = list(candidates(few.family, calls, cheapest(way, few.family, calls)))
+    errors = {one.name: few.error(one.walk) for one in found if one.solver_name in SCOUTS}
     best: dict[str, float] = {}
-    for name, (error, _) in scored.items():
-        grid = name.split(" on ")[1]
-        best[grid] = min(error, best.get(grid, error))
+    for one in found:
+        if one.name in errors:
+            best[one.grid_name] = min(errors[one.name], best.get(one.grid_name, math.inf))
     kept = sorted(best, key=lambda grid: best[grid])[:GRIDS_KEPT]
-    chosen = [one for one in found if one.name.split(" on ")[1] in kept]
-    return sorted(((errors(family, one.walk, begins, passed), one) for one in chosen), key=lambda pair: pair[0])
-
-
-def errors(family: Family, walk: NonStationary, begins: Sequence[Begin], passed: Sequence[Passed]) -> float:
-    """The error of a walk over batches."""
-    ends = [Walk(begin, family, walk, walk.times).end() for begin in begins]
-    return relative(ends, [way.end for way in passed])
+    chosen = [one for one in found if one.grid_name in kept]
+    errors |= {one.name: few.error(one.walk) for one in chosen if one.name not in errors}
+    chosen = sorted(chosen, key=lambda one: errors[one.name])[:ORDERED]
+    ordered = sorted((more.error(one.walk), i) for i, one in enumerate(chosen))
+    return [chosen[i] for _, i in ordered]

@@ -42,10 +42,11 @@ class Fitted:
     classical_error: float
     calibrated: bool  # False: what was fitted did not beat the classical one, which is walked instead
     fitted_error: float  # of what was fitted, kept or not
+    scale: float = 1.0  # of the starting noise, over the standard deviation of the path's marginal at the first time
 
     def solver(self) -> NonStationary:
         """The walk."""
-        return NonStationary(self.times, self.weights)
+        return NonStationary(self.times, self.weights, self.scale)
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,8 @@ class Calibrated:
         if wrong:
             raise PlanError(f"a calibrated sampler takes no {wrong}: its times and weights belong together")
         chosen = self.calibration.fitted[self.calibration.steps(num_inference_steps)].solver()
-        return Plan(self.path, self.prediction, chosen, chosen.times, initial_scale(self.path, chosen.times[0]))
+        scale = chosen.scale * initial_scale(self.path, chosen.times[0])
+        return Plan(self.path, self.prediction, chosen, chosen.times, scale)
 
     def timesteps(self, num_inference_steps: int) -> list[float]:
         """The times of a calibrated sampler in the network's units, for other libraries' ``timesteps``."""
@@ -245,6 +247,8 @@ def _fitted(steps: int, entry: Mapping[str, Any]) -> Fitted:
     numbers = [*times, found.error, found.classical_error, *(w for row in weights for w in row.values())]
     if not all(math.isfinite(n) for n in numbers) or any(a < b for a, b in pairwise(times)):
         raise ValueError(f"times or numbers of {steps} steps")
+    if not (math.isfinite(found.scale) and found.scale > 0):
+        raise ValueError(f"scale of {steps} steps")
     if not 1 <= len(weights) <= steps or len(times) != len(weights) + 1:
         raise ValueError(f"{len(weights)} rows and {len(times)} times of {steps} steps")
     for i, row in enumerate(weights):

@@ -10,49 +10,25 @@ Source: Levenberg 1944; Marquardt 1963, SIAM J. Appl. Math. 11, 431-441.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.calibration.parameters import Parameters, angle, names
-from fastdiff.calibration.walking import Begin, Family, Walk, relative
+from fastdiff.calibration.parameters import Parameters, names
+from fastdiff.calibration.walking import Goal, Walk
 from fastdiff.sampling.loop import State
 from fastdiff.sampling.solvers.non_stationary import START, NonStationary
 
-Features = Callable[[Tensor], Tensor]
-
 TIME_NUDGE = 0.1  # share of the distance to the nearest other time: networks are rough in time
-DAMPING, TRIES, PATIENCE = 1e-3, 10, 2
+DAMPING, TRIES, PATIENCE = 1e-3, 6, 2
 FARTHEST = 0.5  # change of a logit in one step: a nudge says nothing of a stick broken elsewhere altogether
+FIRST = 0.03  # likewise, of the first angle's logarithm
 TINY = 1e-12
-ENOUGH = 2e-3  # gain of a step, as a share of the error, below which a fit ends
-
-
-class Goal(NamedTuple):
-    """Batches, and where their walks are to end."""
-
-    begins: Sequence[Begin]
-    truths: Sequence[Tensor]
-    family: Family
-    features: Features | None = None
-
-    def error(self, walk: NonStationary) -> float:
-        """Error over all batches, of images and features."""
-        ends = [self.seen(Walk(begin, self.family, walk, walk.times).end()) for begin in self.begins]
-        return relative(ends, [self.seen(truth) for truth in self.truths])
-
-    def seen(self, x: Tensor) -> Tensor:
-        """What is compared: images ``[B, C, H, W]``, followed by their features."""
-        if self.features is None:
-            return x.float()
-        with torch.no_grad():
-            found = self.features(x.float())
-        # both parts count alike, whatever their number of values
-        parts = [x.float().flatten(1), found.float().flatten(1)]
-        return torch.cat([part / part.shape[1] ** 0.5 for part in parts], 1)
+LITTLE, ENOUGH = 0.02, 2e-3  # gain of a step, as a share of the error, below which more images are asked; a fit ends
 
 
 class Progress(NamedTuple):
@@ -65,7 +41,8 @@ class Progress(NamedTuple):
 
 
 def columns(goal: Goal, number: int, at: Parameters, nudge: float) -> tuple[Tensor, Tensor]:
-    """How one batch's end changes with every weight and angle: ``[V, W + N - 1]``, and what it lacks, ``[V]``.
+    """How one batch's end changes with every weight, the scale and every angle: ``[V, W + 1 + N]``, and what it
+    lacks, ``[V]``.
 
     Args:
         goal: what is fitted.
@@ -89,13 +66,16 @@ def columns(goal: Goal, number: int, at: Parameters, nudge: float) -> tuple[Tens
         step = nudge * float(states[i + 1].x.square().mean().sqrt()) / size
         nudged = states[i + 1]._replace(x=states[i + 1].x + step * direction)
         rise(walk.end(i + 1, nudged) if i + 1 < calls else nudged.x, step)
-    for k in range(len(at.angles)):
+    louder = NonStationary(solver.times, solver.weights, solver.scale * math.exp(nudge))
+    rise(Walk(begin, family, louder, solver.times).end(), nudge)
+    for k in range(calls):
         step = -TIME_NUDGE * _room(at, k)
         angles = at.angles.copy()
         angles[k] += step
         times = at.times(angles)
-        later = NonStationary(times, solver.weights)
-        rise(Walk(begin, family, later, times).end(k + 1, states[k + 1]), step)
+        # the first time changes the scale of the noise with it
+        later = Walk(begin, family, NonStationary(times, solver.weights, solver.scale), times)
+        rise(later.end(k, states[k]) if k else later.end(), step)
     return torch.stack(found, 1), (goal.seen(goal.truths[number]) - end).flatten()
 
 
@@ -111,15 +91,14 @@ def _register(states: Sequence[State], row: int, name: str) -> Tensor:
 
 def _room(at: Parameters, k: int) -> float:
     """Distance of an angle's logarithm to its nearest neighbour."""
-    edges = [angle(at.path, at.first), *at.angles]
-    after = edges[k + 2] if k + 2 < len(edges) else edges[k + 1] - 1.0
-    return float(min(edges[k] - edges[k + 1], edges[k + 1] - after))
+    edges = [*at.angles, at.angles[-1] - 1.0]
+    return float(min(edges[i] - edges[i + 1] for i in (k - 1, k) if i >= 0))
 
 
 def normal(goal: Goal, batches: Sequence[int], at: Parameters, nudge: float) -> tuple[np.ndarray, np.ndarray]:
-    """The normal equations over batches, in stick logits and corrections: ``[P, P]`` and ``[P]``."""
-    weights = len(at.corrections)
-    square = np.zeros((weights + len(at.angles),) * 2)
+    """The normal equations over batches, in what ``Parameters.moved`` takes: ``[P, P]`` and ``[P]``."""
+    weights, times = len(at.corrections), len(at.corrections) + 1
+    square = np.zeros((times + len(at.angles),) * 2)
     right = np.zeros(len(square))
     for number in batches:
         rises, lack = columns(goal, number, at, nudge)
@@ -127,8 +106,8 @@ def normal(goal: Goal, batches: Sequence[int], at: Parameters, nudge: float) -> 
         right += (rises.T @ lack).double().cpu().numpy()
     # a time moves the theory's weights too, and a logit all times after it
     change = np.eye(len(square))
-    change[:weights, weights:] = at.theory_rates()
-    change[:, weights:] = change[:, weights:] @ at.stick()
+    change[:weights, times:] = at.theory_rates()
+    change[:, times:] = change[:, times:] @ at.stick()
     return change.T @ square @ change, change.T @ right
 
 
@@ -136,10 +115,12 @@ def fit(goal: Goal, start: Parameters, *, iterations: int, share: int, nudge: fl
     """Improve parameters until they improve no more; yields every step that did.
 
     Args:
-        goal: what to fit. Every step is judged on all of it.
+        goal: what to fit. Every step is judged on all of it, and computed from a part: few images say where to go, and
+            other ones each time keep a fit out of valleys that are only some images'.
         start: where to begin.
         iterations: steps at most.
-        share: batches that each step is computed from, drawn anew.
+        share: batches that the first steps are computed from, drawn anew for each; twice as many after every step
+            that gained little, up to half of them all.
         nudge: size of changes relative to the state: well above the network's rounding.
         seed: of the draws.
     """
@@ -149,30 +130,32 @@ def fit(goal: Goal, start: Parameters, *, iterations: int, share: int, nudge: fl
     for number in range(1, iterations + 1):
         batches = draw.permutation(len(goal.begins))[:share].tolist()
         found = _step(goal, here, *normal(goal, batches, here.parameters, nudge))
-        gain = 0.0 if found is None else here.error - found.error
-        if found is not None:
-            here = found._replace(step=number)
+        gain = here.error - found.error
+        here = found._replace(step=number)
+        if gain > 0:
             yield here
         stuck = stuck + 1 if gain < ENOUGH * here.error else 0
         if stuck == PATIENCE or (stuck and share >= len(goal.begins)):  # other batches may know a better way
             return
+        if gain < LITTLE * here.error:
+            share = max(share, min(2 * share, len(goal.begins) // 2))
 
 
-def _step(goal: Goal, here: Progress, square: np.ndarray, right: np.ndarray) -> Progress | None:
-    """The first damped step that lessens the error."""
+def _step(goal: Goal, here: Progress, square: np.ndarray, right: np.ndarray) -> Progress:
+    """The first damped step that lessens the error; where none does, no step, and a start from more damping."""
     if not np.isfinite(square).all() or not np.isfinite(right).all():
-        return None  # a walk of some batch ends in NaN
+        return here  # a walk of some batch ends in NaN
     scale = np.sqrt(np.maximum(np.diag(square), 1e-30))
-    weights, damping = len(here.parameters.corrections), here.damping
+    first, damping = len(here.parameters.corrections) + 1, here.damping
     tried = 0
     while tried < TRIES:
         damped = square / scale[:, None] / scale + damping * np.eye(len(square))
         change = np.linalg.solve(damped, right / scale) / scale
-        if np.abs(change[weights:]).max(initial=0.0) <= FARTHEST:
+        if abs(change[first]) <= FIRST and np.abs(change[first + 1 :]).max(initial=0.0) <= FARTHEST:
             tried += 1
-            moved = here.parameters.moved(change[weights:], change[:weights])
+            moved = here.parameters.moved(change)
             error = goal.error(moved.walk())
             if error < here.error:
                 return Progress(moved, error, max(damping / 5, 1e-7), here.step)
         damping *= 4
-    return None
+    return here._replace(damping=damping / 4**3)

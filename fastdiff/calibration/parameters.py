@@ -8,7 +8,7 @@ that a fit starts at exactly the classical sampler. All of it is float64, on the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -44,36 +44,38 @@ class Parameters:
     Args:
         path: the forward process.
         solver: whose weights are corrected; None where its formula does not reach, then the weights stand alone.
-        first, last: times that stay: of the first evaluation, and where the walk ends.
-        angles: ``[N - 1]`` logarithms of the angles of the other evaluations.
+        last: where the walk ends; stays.
+        angles: ``[N]`` logarithms of the angles of the evaluations.
         corrections: ``[W]``, added to the solver's weights.
+        scale: standard deviation of the starting noise over that of the path's marginal there.
     """
 
     path: Path
     solver: Solver
-    first: float
     last: float
     angles: np.ndarray
     corrections: np.ndarray
+    scale: float = 1.0
 
     @classmethod
     def of(cls, path: Path, solver: Solver, walk: NonStationary) -> Parameters:
         """The parameters of a classical walk."""
-        angles = np.array([angle(path, t) for t in walk.times[1:-1]])
-        start = cls(path, solver, walk.times[0], walk.times[-1], angles, np.zeros(len(names(len(walk.weights)))))
+        angles = np.array([angle(path, t) for t in walk.times[:-1]])
+        start = cls(path, solver, walk.times[-1], angles, np.zeros(len(names(len(walk.weights)))))
         given = np.array([walk.weights[i].get(name, 0.0) for i, name in names(len(walk.weights))])
         # zero but for the rounding of the times' way through angles; all of the weight for solvers that ask twice at a
         # time, whose formula knows no other
-        return start.moved(np.zeros(len(angles)), given - start.theory(angles))
+        return replace(start, corrections=given - start.theory(angles))
 
     def times(self, angles: np.ndarray) -> tuple[float, ...]:
-        """First time, those of the angles, last time."""
-        return (self.first, *(time_of(self.path, value) for value in angles), self.last)
+        """Those of the angles, and the last."""
+        top = angle(self.path, self.path.t_start)
+        return (*(time_of(self.path, value) if value < top else self.path.t_start for value in angles), self.last)
 
     def theory(self, angles: np.ndarray) -> np.ndarray:
         """The solver's weights over the times of these angles, ``[W]``; zero where it has none."""
         times = self.times(angles)
-        calls = len(angles) + 1
+        calls = len(angles)
         try:
             walk = non_stationary(self.solver.rows(self.path, times), times)
         except PlanError:
@@ -83,32 +85,40 @@ class Parameters:
         return np.array([walk.weights[i].get(name, 0.0) for i, name in names(calls)])
 
     def theory_rates(self) -> np.ndarray:
-        """``[W, N - 1]``: how the theory's weights change with each angle."""
+        """``[W, N]``: how the theory's weights change with each angle."""
         found = np.zeros((len(self.corrections), len(self.angles)))
+        here = self.theory(self.angles)
         for k in range(len(self.angles)):
             step = np.zeros(len(self.angles))
             step[k] = NUDGE
-            found[:, k] = (self.theory(self.angles + step) - self.theory(self.angles - step)) / (2 * NUDGE)
+            found[:, k] = (here - self.theory(self.angles - step)) / NUDGE
         return found
 
     def stick(self) -> np.ndarray:
-        """``[N - 1, N - 1]``: how the angles change with the stick's logits."""
-        edges = np.array([angle(self.path, self.first), *self.angles])
-        kept = np.exp(np.diff(edges))  # share of the angle that each step leaves
-        return np.tril(np.tile(1 - kept, (len(self.angles), 1)))
+        """``[N, N]``: how the angles change with the first of them and the stick's logits."""
+        kept = np.exp(np.diff(self.angles))  # share of the angle that each step leaves
+        found = np.ones((len(self.angles),) * 2)
+        found[:, 1:] = np.tril(np.tile(1 - kept, (len(self.angles), 1)), -1)
+        return found
 
-    def moved(self, logits: np.ndarray, corrections: np.ndarray) -> Parameters:
-        """The parameters after a change of the stick's logits and of the corrections."""
-        edges = np.array([angle(self.path, self.first), *self.angles])
-        kept = np.clip(np.exp(np.diff(edges)), LEAST, 1 - LEAST)
+    def moved(self, change: np.ndarray) -> Parameters:
+        """The parameters after a change ``[W + 1 + N]``: corrections, logarithm of the scale, first angle, logits."""
+        corrections, scale, first, logits = np.split(change, np.cumsum([len(self.corrections), 1, 1]))
+        top = min(self.angles[0] + float(first[0]), angle(self.path, self.path.t_start))
+        kept = np.clip(np.exp(np.diff(self.angles)), LEAST, 1 - LEAST)
         shares = 1 / (1 + np.exp(-(np.log(kept / (1 - kept)) + logits)))
-        angles = edges[0] + np.cumsum(np.log(shares)) if logits.any() else self.angles
-        return Parameters(self.path, self.solver, self.first, self.last, angles, self.corrections + corrections)
+        angles = np.concatenate([[top], top + np.cumsum(np.log(shares))])
+        return replace(
+            self,
+            angles=angles,
+            corrections=self.corrections + corrections,
+            scale=self.scale * math.exp(float(scale[0])),
+        )
 
     def walk(self) -> NonStationary:
         """The walk that they stand for."""
         weights = self.theory(self.angles) + self.corrections
-        rows: list[dict[str, float]] = [{} for _ in range(len(self.angles) + 1)]
+        rows: list[dict[str, float]] = [{} for _ in range(len(self.angles))]
         for (i, name), weight in zip(names(len(rows)), weights.tolist(), strict=True):
             rows[i][name] = weight
-        return NonStationary(self.times(self.angles), tuple(rows))
+        return NonStationary(self.times(self.angles), tuple(rows), self.scale)

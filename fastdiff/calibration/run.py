@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastdiff.calibration import classical, teacher
 from fastdiff.calibration.file import Calibration, Fitted, described, name_of
-from fastdiff.calibration.fit import Features, Goal, Progress, fit
+from fastdiff.calibration.fit import fit
 from fastdiff.calibration.parameters import Parameters
-from fastdiff.calibration.walking import Begin, Family
+from fastdiff.calibration.walking import Begin, Family, Features, Goal
 from fastdiff.errors import ArtifactError, PlanError
 from fastdiff.sampling.denoiser import Network
 from fastdiff.sampling.parts import make_path, make_prediction
@@ -26,8 +26,8 @@ from fastdiff.sampling.run import Ready, ready
 
 HELD_OUT = 2**40  # first seed of the noise that judges, far from the seeds that are fitted
 ALL = 10**6  # labels
-STARTS, TRIALS = 3, 3  # classical samplers that a fit may begin at, and steps of each trial
-RANKED = 32  # images that choose among the classical samplers
+KNOWN = 4  # classical samplers of which the best on all images is the one to beat
+SCOUTED, RANKED = 8, 32  # images that choose grids, and samplers on these, among the classical ones
 ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-4}  # nudges well above what rounding hides; others: 0.03
 
 Inputs = Sequence[Any] | Callable[[Sequence[int]], Mapping[str, Any]]
@@ -57,12 +57,12 @@ class Runs(Protocol):
 class Settings(NamedTuple):
     """How much work a calibration may be."""
 
-    samples: int = 256
+    samples: int = 128
     held_out: int = 128
     batch_size: int = 32
     teacher_steps: int = 128
-    iterations: int = 10
-    share: int = 128  # images that each step of a fit is computed from
+    iterations: int = 8
+    share: int = 32  # images that the first steps of a fit are computed from; later ones take more
     seed: int = 0
 
     def check(self, steps: Sequence[int]) -> None:
@@ -135,14 +135,15 @@ def calibrate(
     if not low <= high:
         raise PlanError(f"guidance_scale is {given!r}; allowed: a number, or the least and the largest")
 
-    def batches(count: int, first: int) -> list[Begin]:
-        sizes = [min(work.batch_size, count - i) for i in range(0, count, work.batch_size)]
-        found = []
-        for number, size in enumerate(sizes):
-            images = range(first + number * work.batch_size, first + number * work.batch_size + size)
-            scale = low + (high - low) * (number + 0.5) / len(sizes)
-            found.append(_begin(target, shape, inputs, list(images), {"guidance_scale": scale} | options))
-        return found
+    def batch(first: int, count: int, share: float) -> Begin:
+        scale = low + (high - low) * share
+        images = list(range(first, first + count))
+        return _begin(target, shape, inputs, images, {"guidance_scale": scale} | options)
+
+    def batches(first: int, count: int) -> list[Begin]:
+        begins = range(0, count, work.batch_size)
+        sizes = [min(work.batch_size, count - i) for i in begins]
+        return [batch(first + i, size, (i + size / 2) / count) for i, size in zip(begins, sizes, strict=True)]
 
     header = Calibration(
         model_sha256=target.model_hash() if isinstance(target, Runs) else "",
@@ -157,7 +158,9 @@ def calibrate(
     dtype = getattr(getattr(target, "network", target), "dtype", torch.float32)
     worker = _Worker(family, work, features, ROUNDING.get(dtype, 0.03), report or (lambda share, what: None), len(todo))
     first = work.seed * 2**20
-    worker.teach(batches(work.samples, first), batches(work.held_out, HELD_OUT + first))
+    begins, judges = batches(first, work.samples), batches(HELD_OUT + first, work.held_out)
+    few = batch(first, min(SCOUTED, work.batch_size), work.batch_size / 2 / work.samples)  # as the first batch begins
+    worker.teach(begins, judges, few)
     found = replace(found, teacher={**header.teacher, "uncertainty": worker.uncertainty})
     for n in todo:
         found = replace(found, fitted={**found.fitted, n: worker.fitted(n)})
@@ -212,8 +215,8 @@ class _Worker:
         """The teacher counts as one job."""
         self._report(min(1.0, (self._done + share) / (self._jobs + 1)), what)
 
-    def teach(self, begins: list[Begin], judges: list[Begin]) -> None:
-        """Solve all batches."""
+    def teach(self, begins: list[Begin], judges: list[Begin], few: Begin) -> None:
+        """Solve all batches; ``few`` are the first images of the first."""
         seen = 0
 
         def solved(_: int) -> None:
@@ -222,47 +225,37 @@ class _Worker:
             self._say(seen / (len(begins) + len(judges)), "teacher")
 
         steps = self.work.teacher_steps
-        self.way = teacher.follow(begins, self.family, steps, 1, solved)
+        passed = teacher.follow(begins, self.family, steps, 1, solved)
         judged = teacher.follow(judges, self.family, steps, 0, solved)
-        self.goal = Goal(begins, [passed.end for passed in self.way], self.family, self.features)
-        self.judge = Goal(judges, [passed.end for passed in judged], self.family, self.features)
-        self.uncertainty = teacher.uncertainty(begins[0], self.family, steps, self.way[0].end)
+        self.way = passed[0]
+        self.few = Goal([few], [self.way.end[: min(SCOUTED, self.work.batch_size)]], self.family, self.features)
+        self.goal = Goal(begins, [one.end for one in passed], self.family, self.features)
+        self.judge = Goal(judges, [one.end for one in judged], self.family, self.features)
+        self.uncertainty = teacher.uncertainty(begins[0], self.family, steps, self.way.end)
         self._done = 1
 
     def fitted(self, calls: int) -> Fitted:
         """The sampler of one number of calls."""
         work, size = self.work, self.work.batch_size
         self._say(0.0, f"{calls} steps: classical samplers")
-        few = max(1, RANKED // size)
-        ranked = classical.ranked(self.family, calls, self.way[:few], self.goal.begins[:few])
-        known = min((self.goal.error(one.walk), i) for i, (_, one) in enumerate(ranked[:STARTS]))
-        best = ranked[known[1]][1]
+        ranked = classical.ranked(calls, self.way, self.few, self.goal.part(max(1, RANKED // size)))
+        order = sorted((self.goal.error(one.walk), i) for i, one in enumerate(ranked[:KNOWN]))
+        ranked[:KNOWN] = [ranked[i] for _, i in order]
+        best = ranked[0]
         walk = best.walk
-        options = {"share": max(1, work.share // size), "nudge": self.nudge, "seed": work.seed + calls}
-        start = self._start(ranked, calls, **options)
-        for progress in fit(self.goal, start, iterations=work.iterations, **options):
-            walk = progress.parameters.walk()
-            self._say((progress.step + 1) / (work.iterations + 1), f"{calls} steps: error {progress.error:.4g}")
+        # a walk of fewer calls has fewer weights, and one that asks twice at a time has no room to move it
+        free = [
+            one for one in ranked if len(one.walk.weights) == calls and all(a > b for a, b in pairwise(one.walk.times))
+        ]
+        for one in free[:1]:
+            start = Parameters.of(self.family.path, one.solver, one.walk)
+            options = {"share": max(1, work.share // size), "nudge": self.nudge, "seed": work.seed + calls}
+            for progress in fit(self.goal, start, iterations=work.iterations, **options):
+                walk = progress.parameters.walk()
+                self._say((progress.step + 1) / (work.iterations + 1), f"{calls} steps: error {progress.error:.4g}")
         theirs, ours = self.judge.error(best.walk), self.judge.error(walk)
         self._done += 1
         self._say(0.0, f"{calls} steps: {ours:.4g}, {best.name} {theirs:.4g}")
         kept = ours < theirs
         chosen = walk if kept else best.walk
-        return Fitted(chosen.times, chosen.weights, min(ours, theirs), best.name, theirs, kept, ours)
-
-    def _start(self, ranked: list[tuple[float, classical.Candidate]], calls: int, **options: int | float) -> Parameters:
-        """Where to begin: a fit ends in the valley it starts in, so several solvers' valleys are tried on a part."""
-        solvers: dict[str, classical.Candidate] = {}
-        for _, one in ranked:
-            # a walk of fewer calls has fewer weights, and one that asks twice at a time has no room to move it
-            if len(one.walk.weights) == calls and all(a > b for a, b in pairwise(one.walk.times)):
-                solvers.setdefault(one.name.split(" on ")[0], one)
-        part = max(1, len(self.goal.begins) // 4)
-        goal = self.goal._replace(begins=self.goal.begins[:part], truths=self.goal.truths[:part])
-        found = []
-        for one in list(solvers.values())[:STARTS]:
-            start = Parameters.of(self.family.path, one.solver, one.walk)
-            steps = [Progress(start, goal.error(one.walk), 0.0, 0), *fit(goal, start, iterations=TRIALS, **options)]
-            found.append(steps[-1])
-            self._say(0.0, f"{calls} steps: from {one.name} {steps[-1].error:.4g}")
-        return min(found, key=lambda progress: progress.error).parameters
+        return Fitted(chosen.times, chosen.weights, min(ours, theirs), best.name, theirs, kept, ours, chosen.scale)

@@ -36,10 +36,12 @@ class NonStationary:
     Args:
         times: of the evaluations, and where the walk ends; they never rise.
         weights: for each evaluation, the weights of ``registers`` that make the next state.
+        scale: standard deviation of the starting noise over that of the path's marginal at the first time.
     """
 
     times: tuple[float, ...]
     weights: tuple[Mapping[str, float], ...]
+    scale: float = 1.0
     order: int = 1
     jumps: bool = False
 
