@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/python -m fastdiff.benchmarks.demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 fast: $(STAMP)
 	$(BIN)/python -m pytest -m fast

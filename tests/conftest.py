@@ -11,6 +11,10 @@ from drawing import Draw
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["FASTDIFF_MEASURE"] = "0"  # the same choices on every machine, and no time spent on measuring
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores, and so do the processes they start
+    share = max(1, (os.cpu_count() or 1) // int(workers))
+    os.environ["OMP_NUM_THREADS"] = str(share)
+    torch.set_num_threads(share)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -209,7 +209,7 @@ class _Worker:
         self, family: Family, work: Settings, features: Features | None, nudge: float, report: Report, jobs: int
     ):
         self.family, self.work, self.features, self.nudge = family, work, features, nudge
-        self._report, self._share, self._jobs, self._done = report, 0.0, jobs, 0
+        self._report, self._jobs, self._done = report, jobs, 0
 
     def _say(self, share: float, what: str) -> None:
         """The teacher counts as one job."""
