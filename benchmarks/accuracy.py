@@ -14,7 +14,7 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -274,6 +274,21 @@ def scores(
         *peer_scores(problem, diffusers_peers(problem.kind, shifts), refused, budgets),
         *peer_scores(problem, k_diffusion_peers(problem.sigma_max), refused, budgets),
     ]
+
+
+def judged(problem: Problem, chosen: Sequence[Score], shifts: Sequence[float] = SHIFTS) -> list[Score]:
+    """The same samplers on another problem of the same kind: more images, say."""
+    runs: dict[tuple[str, str], Callable[[int], Run | None]] = {}
+    for variant, (name, grid) in itertools.product(distinct(variants(noise=False)), grids(shifts).items()):
+        runs["fastdiff", f"{variant.label} on {name}"] = functools.partial(ours, problem, variant, grid)
+    for peer in (*diffusers_peers(problem.kind, shifts), *k_diffusion_peers(problem.sigma_max)):
+        runs[peer.library, peer.label] = functools.partial(peer.run, problem.denoised, problem.first)
+    found = []
+    for one in chosen:
+        done = runs[one.library, one.label](one.budget)
+        assert done is not None and done.calls == one.calls
+        found.append(one._replace(error=problem.error(done.x)))
+    return found
 
 
 LIBRARIES = ("fastdiff", "diffusers", "k-diffusion")

@@ -25,6 +25,7 @@ from fastdiff.pipeline import Pipeline
 CALLS = (4, 5, 6, 8)
 HALF, NEAR, SECONDS = 0.5, 1.15, 600.0
 CURVE = 1000  # images of each point of the curves
+FINALISTS = 4  # samplers of each library and number of calls that are judged on more images
 Details = dict[str, Any]
 
 
@@ -32,20 +33,22 @@ def error_bars(
     case: calibrated.Case, found: Calibration, calls: Sequence[int], quick: bool, details: Details
 ) -> Iterator[Bar]:
     """Error of the calibrated samplers over the least of all classical ones, on noise of the problem's own."""
-    problem, refused = case.problem, []
-    how: dict[str, Any] = {"kept": 2, "shifts": (1.0, 1.5)} if quick else {}
-    scores = accuracy.scores(problem, refused, budgets=calls, **how)
+    problem, judge, refused = case.problem, case.judge, []
+    shifts = (1.0, 1.5) if quick else accuracy.SHIFTS
+    tried = accuracy.scores(problem, refused, budgets=calls, shifts=shifts, kept=2 if quick else accuracy.KEPT)
+    finalists = [one for n in calls for name in accuracy.LIBRARIES for one in accuracy.best(tried, name, n, FINALISTS)]
+    scores = accuracy.judged(judge, finalists, shifts)
     details[problem.name] = {
-        "uncertainty of the solution": problem.uncertainty,
-        "samplers tried": len({(one.library, one.label) for one in scores}),
-        "classical": [one._asdict() for n in calls for name in accuracy.LIBRARIES
-                      for one in accuracy.best(scores, name, n, 3)],
+        "images": {"all samplers": len(problem.truth), "the best of them": len(judge.truth)},
+        "uncertainty of the solution": judge.uncertainty,
+        "samplers tried": len({(one.library, one.label) for one in tried}),
+        "classical": [one._asdict() for one in scores],
         "calibrated": [],
         "peers' runs that ended in an error": refused,
-    }  # fmt: skip
+    }
     yield Bar(f"{problem.name}: peers' runs that ended in an error", len(refused), "for comparison", True)
     for n in calls:
-        mine = calibrated.score(problem, found, n)
+        mine = calibrated.score(judge, found, n)
         best = min((one for one in scores if one.budget == n), key=lambda one: one.error)
         details[problem.name]["calibrated"].append(mine._asdict())
         place = f"{problem.name}, {n} calls"
@@ -124,7 +127,7 @@ def bars(quick: bool, details: Details, data: Path | None) -> Iterator[Bar]:
     else:
         case = calibrated.fashion(str(data))
         yield from error_bars(case, case.calibrate(calls), calls, quick, details)
-    case = calibrated.digits(16 if quick else 32)
+    case = calibrated.digits(16, 64) if quick else calibrated.digits()
     start = time.perf_counter()
     found = case.calibrate(calls)
     seconds = time.perf_counter() - start
