@@ -33,8 +33,8 @@ DATA = {"path": "linear", "prediction": "eps"}  # of the mixture
 class Case(NamedTuple):
     """A problem, and how it is calibrated.
 
-    All samplers run on ``problem``; the best of them, and the calibrated ones, on ``judge``: the same with enough images
-    that a few do not decide.
+    All samplers run on ``problem``; the best of them, and the calibrated ones, on ``judge``: the same with so many
+    images that a few do not decide.
     """
 
     problem: Problem
