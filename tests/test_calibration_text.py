@@ -77,7 +77,7 @@ def test_other_weights_are_another_network(folder, tmp_path):
     pipe = fastdiff.Pipeline.from_pretrained(tmp_path / "other")
     with pytest.raises(ArtifactError, match="calibration is of the network"):
         pipe.load_calibration()
-    assert pipe.load_calibration(force=True).timesteps(3)[0] == pytest.approx(999, abs=1)
+    assert 900 < pipe.load_calibration(force=True).timesteps(3)[0] <= 999
 
 
 def test_the_same_weights_in_another_type_are_the_same_network(folder):

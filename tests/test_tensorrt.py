@@ -146,7 +146,8 @@ def test_a_build_can_be_cancelled_and_interrupted(graph):
 def test_ctrl_c_stops_a_build(tmp_path):
     """At any moment: signals come to the main thread, whatever the library does in another."""
     program = (
-        "import sys, pathlib, time\n"
+        "import sys, pathlib, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # who starts the tests may ignore it
         "from fastdiff.backends.trt_library import find_library\n"
         "from fastdiff.export import tensorrt\n"
         "told = lambda: [print('building', flush=True), time.sleep(0.02)][1]\n"  # so that it is not over before
