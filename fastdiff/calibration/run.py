@@ -27,6 +27,7 @@ from fastdiff.sampling.run import Ready, ready
 HELD_OUT = 2**40  # first seed of the noise that judges, far from the seeds that are fitted
 ALL = 10**6  # labels
 KNOWN = 4  # classical samplers of which the best on all images is the one to beat
+STARTS = 3  # those that a fit may begin at, as long as it gets nowhere
 SCOUTED, RANKED = 8, 32  # images that choose grids, and samplers on these, among the classical ones
 ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-4}  # nudges well above what rounding hides; others: 0.03
 
@@ -241,18 +242,21 @@ class _Worker:
         ranked = classical.ranked(calls, self.way, self.few, self.goal.part(max(1, RANKED // size)))
         order = sorted((self.goal.error(one.walk), i) for i, one in enumerate(ranked[:KNOWN]))
         ranked[:KNOWN] = [ranked[i] for _, i in order]
-        best = ranked[0]
-        walk = best.walk
+        best, (least, _) = ranked[0], order[0]
+        walk, beaten = best.walk, 0.9 * least
         # a walk of fewer calls has fewer weights, and one that asks twice at a time has no room to move it
         free = [
             one for one in ranked if len(one.walk.weights) == calls and all(a > b for a, b in pairwise(one.walk.times))
         ]
-        for one in free[:1]:
+        for one in free[:STARTS]:
             start = Parameters.of(self.family.path, one.solver, one.walk)
             options = {"share": max(1, work.share // size), "nudge": self.nudge, "seed": work.seed + calls}
             for progress in fit(self.goal, start, iterations=work.iterations, **options):
-                walk = progress.parameters.walk()
+                if progress.error < least:
+                    walk, least = progress.parameters.walk(), progress.error
                 self._say((progress.step + 1) / (work.iterations + 1), f"{calls} steps: error {progress.error:.4g}")
+            if least < beaten:  # else another may have a valley to follow
+                break
         theirs, ours = self.judge.error(best.walk), self.judge.error(walk)
         self._done += 1
         self._say(0.0, f"{calls} steps: {ours:.4g}, {best.name} {theirs:.4g}")
