@@ -148,6 +148,21 @@ def test_what_does_not_beat_the_classical_sampler_is_thrown_away(monkeypatch):
     assert not one.calibrated and one.error == one.classical_error < one.fitted_error
 
 
+def test_a_fit_that_gets_nowhere_begins_at_another_sampler(monkeypatch):
+    """And one that gets somewhere ends the search."""
+    real, begun = fit.fit, []
+
+    def first_fails(goal, start, **options):
+        begun.append(start)
+        if len(begun) > 1:
+            yield from real(goal, start, **options)
+
+    monkeypatch.setattr(run, "fit", first_fails)
+    one = calibrate(function(), SHAPE, steps=(4,), settings=LITTLE).fitted[4]
+    assert len(begun) == 2 and one.calibrated and one.error < one.classical_error
+    assert begun[0].walk() != begun[1].walk()
+
+
 def test_an_interrupted_calibration_goes_on(tmp_path):
     file = tmp_path / "c.json"
 

@@ -43,7 +43,7 @@ class Parameters:
 
     Args:
         path: the forward process.
-        solver: whose weights are corrected; None where its formula does not reach, then the weights stand alone.
+        solver: whose weights are corrected; where its formula does not reach, they stand alone.
         last: where the walk ends; stays.
         angles: ``[N]`` logarithms of the angles of the evaluations.
         corrections: ``[W]``, added to the solver's weights.

@@ -107,7 +107,8 @@ def calibrate(
         shape: ``(C, H, W)`` of one image, for a network.
         steps: numbers of network calls to fit a sampler for.
         inputs: labels or prompts to fit with, by default the pipeline's examples. For a network: a function from the
-            numbers of images to arguments of ``fastdiff.sample``, such as ``cond`` and ``uncond``.
+            numbers of images to arguments of ``fastdiff.sample``, such as ``cond`` and ``uncond``; what it gives an
+            image must depend on that image's number alone, as images come in batches of several sizes.
         guidance_scale: strength, or least and largest; by default the pipeline's own, and 1 for a network.
         path: of a network; pipelines know their own.
         prediction: likewise.

@@ -36,7 +36,8 @@ class NonStationary:
     Args:
         times: of the evaluations, and where the walk ends; they never rise.
         weights: for each evaluation, the weights of ``registers`` that make the next state.
-        scale: standard deviation of the starting noise over that of the path's marginal at the first time.
+        scale: standard deviation of the starting noise over that of the path's marginal at the first time; for whoever
+            plans the run, as rows know nothing of its start.
     """
 
     times: tuple[float, ...]
